@@ -1,0 +1,97 @@
+"""What holds for every test: where kernels run, the `gpu` marker, poisoned memory, one thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import pytest
+
+REQUIRE_GPU = os.environ.get("GFNODE_REQUIRE_GPU", "0") == "1"
+
+# Triton reads this when a kernel is decorated, so it has to be set before anything imports Triton.
+if not REQUIRE_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+elif os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    raise pytest.UsageError(
+        "GFNODE_REQUIRE_GPU=1 asks for kernels on the GPU and TRITON_INTERPRET=1 for the "
+        "interpreter; unset one of them"
+    )
+
+import torch  # noqa: E402 - torch may import Triton
+
+torch.set_num_threads(1)  # xdist workers share the cores, and timings stay comparable
+
+
+def _fill_with_poison(tensor: torch.Tensor) -> None:
+    """NaN where the type has one, else its largest value (the convention of torch itself)."""
+    values = tensor.detach()
+    if values.dtype.is_floating_point or values.dtype.is_complex:
+        values.fill_(float("nan"))
+    elif values.dtype is torch.bool:
+        values.fill_(True)
+    else:
+        values.fill_(torch.iinfo(values.dtype).max)
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        _fill_with_poison(tensor)
+        return tensor
+
+    return allocate_poisoned
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poison_fresh_memory() -> Iterator[None]:
+    """Every uninitialised tensor made from Python holds NaN, so that a value never written shows.
+
+    torch's own switch for this needs `use_deterministic_algorithms`, under which tests would run
+    other code than users do; `poison_all_memory` uses it where C++ allocates.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided", "empty_permuted"):
+            patch.setattr(torch, name, _poisoned(getattr(torch, name)))
+        for name in ("new_empty", "new_empty_strided"):
+            patch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+        yield
+
+
+@pytest.fixture
+def poison_all_memory() -> Iterator[None]:
+    """Also poisons what C++ allocates through the dispatcher, under deterministic algorithms."""
+    was_on = torch.are_deterministic_algorithms_enabled()
+    was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = was_filling
+    torch.use_deterministic_algorithms(was_on, warn_only=was_warn_only)
+
+
+def _why_no_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    if not REQUIRE_GPU:
+        return "kernels are interpreted in this run; GFNODE_REQUIRE_GPU=1 runs the GPU tests"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := _why_no_gpu()):
+        pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    expected_failure = hasattr(report, "wasxfail")
+    if REQUIRE_GPU and report.skipped and not expected_failure and item.get_closest_marker("gpu"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped under GFNODE_REQUIRE_GPU=1: {report.longrepr}"
+    return report
