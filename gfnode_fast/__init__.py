@@ -1,0 +1,6 @@
+"""GF-NODE (Graph Fourier Neural ODEs, arXiv 2411.01600) at hardware speed: a drop-in for `FourierMD`."""
+
+from gfnode_fast import reference
+from gfnode_fast.nn import FourierMD
+
+__all__ = ["FourierMD", "reference"]

@@ -1,0 +1,5 @@
+"""Modules with the reference's parameters and a faster forward."""
+
+from gfnode_fast.nn.fourier_md import FourierMD
+
+__all__ = ["FourierMD"]

@@ -1,0 +1,80 @@
+"""Both models against every golden file: keys, initial values, outputs, gradients, evaluation counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gfnode_fast
+from golden_files import NAMES, load_golden, relative_error
+
+# (outputs, gradients) of tests/golden/README.md. Measured here: fp64 5e-15 and 3e-14, fp32 6e-7 and 4e-6.
+TOLERANCES = {
+    "f64": (1e-9, 1e-8),
+    "f64 many steps": (1e-6, 1e-5),
+    "f32": (1e-5, 1e-4),
+    "f32 attention": (1e-5, 1e-3),
+}
+MODELS = {"reference": gfnode_fast.reference.FourierMD, "drop-in": gfnode_fast.FourierMD}
+
+
+def tolerance(name: str, constructor: dict) -> tuple[float, float]:
+    if name.endswith("f32"):
+        attention = constructor["mode_interaction"] == "attention"
+        return TOLERANCES["f32 attention" if attention else "f32"]
+    many_steps = constructor["time_mode"] in ("posenc", "rope")
+    return TOLERANCES["f64 many steps" if many_steps else "f64"]
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
+def test_golden(name: str, model_name: str) -> None:
+    golden = load_golden(name)
+    kwargs = golden.constructor()
+    dtype = torch.float64 if name.endswith("f64") else torch.float32
+    output_bound, gradient_bound = tolerance(name, kwargs)
+
+    torch.manual_seed(golden.config["init_seed"])
+    model = MODELS[model_name](**kwargs)
+    parameters = golden.group("param")
+    assert list(model.state_dict()) == list(parameters)
+    scales = golden.config["weights1_recentred_and_scaled_by"]
+    for key, drawn in model.state_dict().items():
+        if key in scales:
+            drawn = (drawn - drawn.mean()) * scales[key]
+        assert relative_error(drawn, parameters[key]) < 1e-6, key
+
+    model = model.to(dtype)
+    model.load_state_dict(parameters, strict=True)
+    counts = {key: 0 for key in golden.config["rhs_evaluations"]}
+    for key in counts:
+
+        def count(*_: object, key: str = key) -> None:
+            counts[key] += 1
+
+        getattr(model, key).t_conv.ode_func.register_forward_pre_hook(count)
+
+    inputs = golden.inputs()
+    grad_inputs = golden.group("grad_input")
+    for key in grad_inputs:
+        inputs[key].requires_grad_(True)
+    torch.manual_seed(golden.config["forward_seed"])
+    outputs = dict(zip(("x", "v", "h", "kld"), model(**inputs), strict=True))
+    assert counts == golden.config["rhs_evaluations"]
+    for key, expected in golden.group("output").items():
+        assert outputs[key].dtype == expected.dtype
+        assert outputs[key].shape == expected.shape
+        assert relative_error(outputs[key], expected) < output_bound, key
+
+    cotangents = golden.group("cotangent")
+    loss = sum((outputs[key] * cotangents[key]).sum() for key in ("x", "v", "h"))
+    loss = loss / outputs["x"].numel() + outputs["kld"]
+    assert relative_error(loss, torch.as_tensor(golden.arrays["loss"])) < 10 * output_bound
+    loss.backward()
+    for key, expected in grad_inputs.items():
+        assert relative_error(inputs[key].grad, expected) < gradient_bound, key
+    grad_parameters = golden.group("grad_param")
+    floor = 1e-3 * max(g.norm().item() for g in grad_parameters.values())
+    for key, parameter in model.named_parameters():
+        actual = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert relative_error(actual, grad_parameters[key], floor) < gradient_bound, key
