@@ -44,6 +44,15 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     return allocate_poisoned
 
 
+# Written through torch.empty because torch.compile cannot trace a saved unbound method.
+def _new_empty(self: torch.Tensor, *size: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.empty(*size, **{"dtype": self.dtype, "device": self.device, **kwargs})
+
+
+def _new_empty_strided(self: torch.Tensor, *layout: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.empty_strided(*layout, **{"dtype": self.dtype, "device": self.device, **kwargs})
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poison_fresh_memory() -> Iterator[None]:
     """Every uninitialised tensor made from Python holds NaN, so that a value never written shows.
@@ -54,8 +63,8 @@ def poison_fresh_memory() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like", "empty_strided", "empty_permuted"):
             patch.setattr(torch, name, _poisoned(getattr(torch, name)))
-        for name in ("new_empty", "new_empty_strided"):
-            patch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+        patch.setattr(torch.Tensor, "new_empty", _new_empty)
+        patch.setattr(torch.Tensor, "new_empty_strided", _new_empty_strided)
         yield
 
 
