@@ -24,22 +24,21 @@ import torch  # noqa: E402 - torch may import Triton
 torch.set_num_threads(1)  # xdist workers share the cores, and timings stay comparable
 
 
-def _fill_with_poison(tensor: torch.Tensor) -> None:
-    """NaN where the type has one, else its largest value (the convention of torch itself)."""
-    values = tensor.detach()
-    if values.dtype.is_floating_point or values.dtype.is_complex:
-        values.fill_(float("nan"))
-    elif values.dtype is torch.bool:
-        values.fill_(True)
-    else:
-        values.fill_(torch.iinfo(values.dtype).max)
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill with NaN where the type has one, else its largest value (torch's own convention)."""
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor:
+        return tensor  # being traced: a fill would enter the graph, and a fake tensor has no memory
+    with torch.no_grad():
+        if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+            return tensor.fill_(float("nan"))
+        if tensor.dtype is torch.bool:
+            return tensor.fill_(True)
+        return tensor.fill_(torch.iinfo(tensor.dtype).max)
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = allocate(*args, **kwargs)
-        _fill_with_poison(tensor)
-        return tensor
+        return _poison(allocate(*args, **kwargs))
 
     return allocate_poisoned
 
