@@ -1,0 +1,24 @@
+"""Trajectories, molecular graphs, windows of time, and batches of them."""
+
+from gfnode_fast.data.compact import write_compact
+from gfnode_fast.data.dataset import Batch, WindowDataset
+from gfnode_fast.data.graph import PUBLISHED_RIGID_BONDS, MolecularGraph, build_graph
+from gfnode_fast.data.readers import load_trajectory
+from gfnode_fast.data.samples import load_sample
+from gfnode_fast.data.trajectory import Trajectory, TrajectoryError
+from gfnode_fast.data.windows import Windows, draw_windows
+
+__all__ = [
+    "PUBLISHED_RIGID_BONDS",
+    "Batch",
+    "MolecularGraph",
+    "Trajectory",
+    "TrajectoryError",
+    "WindowDataset",
+    "Windows",
+    "build_graph",
+    "draw_windows",
+    "load_sample",
+    "load_trajectory",
+    "write_compact",
+]

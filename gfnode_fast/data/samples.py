@@ -1,0 +1,34 @@
+"""The trajectories shipped with the package."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from typing import Literal, get_args
+
+from gfnode_fast.data.readers import load_trajectory
+from gfnode_fast.data.trajectory import Trajectory
+
+SampleName = Literal["aspirin", "ethanol"]
+
+
+def load_sample(name: SampleName) -> Trajectory:
+    """Load a shipped GFN2-xTB trajectory: heavy atoms, 500 K, a frame every 0.5 fs.
+
+    ``"aspirin"``: 13 atoms, 60 000 frames; ``"ethanol"``: 3 atoms, 100 000 frames; positions
+    rounded to 1e-5 Å. They are not MD17: an error measured on them is no MD17 result. Provenance
+    and licence stand in ``sample/README.md`` beside the files and in the metadata.
+
+    Raises
+    ------
+    ValueError
+        For another name.
+    TrajectoryError
+        When the installed file is damaged (its content hash is compared).
+    """
+    if name not in get_args(SampleName):
+        raise ValueError(
+            f"load_sample: `name` must be one of {', '.join(get_args(SampleName))}, got {name!r}"
+        )
+    resource = files("gfnode_fast.data").joinpath("sample", f"xtb_{name}_heavy.npz")
+    with as_file(resource) as path:
+        return load_trajectory(path, format="compact")
