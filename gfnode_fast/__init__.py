@@ -1,4 +1,4 @@
-"""GF-NODE (Graph Fourier Neural ODEs, arXiv 2411.01600) at hardware speed: a drop-in for `FourierMD`."""
+"""GF-NODE (Graph Fourier Neural ODEs, arXiv 2411.01600) at hardware speed."""
 
 from gfnode_fast import reference
 from gfnode_fast.nn import FourierMD

@@ -1,4 +1,6 @@
-"""Both models against every golden file: keys, initial values, outputs, gradients, evaluation counts."""
+"""Both models against every golden file: keys, initial values, outputs, gradients, evaluation
+counts.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ import torch
 import gfnode_fast
 from golden_files import NAMES, load_golden, relative_error
 
-# (outputs, gradients) of tests/golden/README.md. Measured here: fp64 5e-15 and 3e-14, fp32 6e-7 and 4e-6.
+# (outputs, gradients) of tests/golden/README.md. Measured here: fp64 5e-15 and 3e-14, fp32 6e-7
+# and 4e-6.
 TOLERANCES = {
     "f64": (1e-9, 1e-8),
     "f64 many steps": (1e-6, 1e-5),

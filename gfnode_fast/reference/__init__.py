@@ -1,7 +1,8 @@
-"""The oracle: GF-NODE (arXiv 2411.01600) in plain PyTorch, quirks and costs of the published model included.
+"""The oracle: GF-NODE (arXiv 2411.01600) in plain PyTorch, quirks and costs of the published model
+included.
 
-Everything fast in this package is measured against this code, for its numbers and for its time (baseline U0).
-It depends on torch and torchdiffeq alone.
+Everything fast in this package is measured against this code, for its numbers and for its time
+(baseline U0). It depends on torch and torchdiffeq alone.
 """
 
 from gfnode_fast.reference.layers import EGNNLayer, GCNLayer, SAGELayer

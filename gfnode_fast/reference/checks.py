@@ -1,7 +1,7 @@
 """What the published model crashes on, said in words: argument, expectation, what came, what to do.
 
-No check synchronises with a GPU except the one on the values of `timeframes`, which the published solver's
-`unique` does anyway.
+No check synchronises with a GPU except the one on the values of `timeframes`, which the published
+solver's `unique` does anyway.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ MIN_TIME_WIDTH = 4  # the frequencies divide by (width // 2 - 1)
 Edges = Tensor | Sequence[Tensor]
 
 
-def refuse(error: type[Exception], argument: str, expected: str, got: object, remedy: str) -> NoReturn:
+def refuse(
+    error: type[Exception], argument: str, expected: str, got: object, remedy: str
+) -> NoReturn:
+    """Raise `error` in the one form that all of this model's messages have."""
     raise error(f"FourierMD: `{argument}` must be {expected}, got {got}; {remedy}")
 
 
@@ -33,7 +36,8 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} ({value!r:.80})"
 
 
-def _check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse anything but one of the names in `choices`."""
     if not isinstance(value, str):
         refuse(TypeError, argument, f"one of {list(choices)}", describe(value), "pass a string")
     if value not in choices:
@@ -55,6 +59,7 @@ def _check_positive(argument: str, value: object, remedy: str) -> None:
 
 
 def check_delta_frame(delta_frame: object) -> None:
+    """Refuse a `delta_frame` that is not a positive finite number."""
     _check_positive("delta_frame", delta_frame, "pass the largest time in frames, e.g. 3000")
 
 
@@ -82,54 +87,78 @@ def check_constructor(
             refuse(TypeError, name, "a bool", describe(flag), "pass True or False")
     if not flags["with_v"]:
         refuse(
-            ValueError, "with_v", "True", False,
+            ValueError,
+            "with_v",
+            "True",
+            False,
             "pass with_v=True and velocities: the model always integrates v",
-        )  # fmt: skip
+        )
     if not isinstance(activation, nn.Module):
-        refuse(TypeError, "activation", "an nn.Module instance", describe(activation), "e.g. nn.SiLU()")
+        refuse(
+            TypeError, "activation", "an nn.Module instance", describe(activation), "e.g. nn.SiLU()"
+        )
     _check_count("time_emb_dim", time_emb_dim, MIN_TIME_WIDTH)
     if num_atoms is not None:
         _check_count("num_atoms", num_atoms, 1)
-    _check_choice("solver", solver, [name for name in SOLVERS if name != "scipy_solver"])
+    check_choice("solver", solver, [name for name in SOLVERS if name != "scipy_solver"])
     _check_positive("rtol", rtol, "e.g. 1e-3")
     _check_positive("atol", atol, "e.g. 1e-4")
     check_delta_frame(delta_frame)
     if not isinstance(gnn_ablation_mode, str):
         refuse(
-            TypeError, "gnn_ablation_mode", f"one of {list(GRAPH_LAYERS)}", describe(gnn_ablation_mode),
+            TypeError,
+            "gnn_ablation_mode",
+            f"one of {list(GRAPH_LAYERS)}",
+            describe(gnn_ablation_mode),
             "pass a string",
-        )  # fmt: skip
-    _check_choice("gnn_ablation_mode", gnn_ablation_mode.lower(), list(GRAPH_LAYERS))
-    _check_choice("mode_interaction", mode_interaction, MODE_INTERACTIONS)
-    _check_choice("time_mode", time_mode, TIME_MODES)
+        )
+    check_choice("gnn_ablation_mode", gnn_ablation_mode.lower(), list(GRAPH_LAYERS))
+    check_choice("mode_interaction", mode_interaction, MODE_INTERACTIONS)
+    check_choice("time_mode", time_mode, TIME_MODES)
     if flags["no_fourier"]:
         if fourier_basis is not None:
             refuse(
-                ValueError, "fourier_basis", "None when no_fourier=True", repr(fourier_basis),
+                ValueError,
+                "fourier_basis",
+                "None when no_fourier=True",
+                repr(fourier_basis),
                 "drop one of the two",
-            )  # fmt: skip
+            )
     elif fourier_basis is None:
         refuse(
-            ValueError, "fourier_basis", f"one of {list(FOURIER_BASES)} unless no_fourier=True", None,
+            ValueError,
+            "fourier_basis",
+            f"one of {list(FOURIER_BASES)} unless no_fourier=True",
+            None,
             "pass 'graph' for Laplacian eigenvectors",
-        )  # fmt: skip
+        )
     else:
-        _check_choice("fourier_basis", fourier_basis, FOURIER_BASES)
+        check_choice("fourier_basis", fourier_basis, FOURIER_BASES)
     rotary = time_mode == "rope" and fourier_basis != "linear"
     if rotary and isinstance(time_emb_dim, int) and time_emb_dim % 2:
         refuse(
-            ValueError, "time_emb_dim", "even with time_mode='rope'", time_emb_dim, "pass an even width"
+            ValueError,
+            "time_emb_dim",
+            "even with time_mode='rope'",
+            time_emb_dim,
+            "pass an even width",
         )
     if flags["no_ode"] and (fourier_basis != "graph" or time_mode != "none"):
         refuse(
-            ValueError, "no_ode", "False unless fourier_basis='graph' and time_mode='none'",
+            ValueError,
+            "no_ode",
+            "False unless fourier_basis='graph' and time_mode='none'",
             f"True with fourier_basis={fourier_basis!r}, time_mode={time_mode!r}",
             "drop no_ode or choose that basis and time mode",
-        )  # fmt: skip
+        )
 
 
 def _check_tensor(
-    argument: str, value: object, shape: tuple[int | None, ...], dtype: torch.dtype | None, what: str
+    argument: str,
+    value: object,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype | None,
+    what: str,
 ) -> None:
     expected = "(" + ", ".join("*" if n is None else str(n) for n in shape) + ")"
     if not isinstance(value, Tensor):
@@ -140,9 +169,12 @@ def _check_tensor(
         refuse(ValueError, argument, f"of shape {expected}, {what}", describe(value), "reshape it")
     if dtype is not None and value.dtype != dtype:
         refuse(
-            TypeError, argument, f"{dtype}, the model's dtype", describe(value),
+            TypeError,
+            argument,
+            f"{dtype}, the model's dtype",
+            describe(value),
             f"convert the tensor with .to({dtype}) or the model",
-        )  # fmt: skip
+        )
 
 
 def check_forward(
@@ -162,17 +194,22 @@ def check_forward(
     in_node_nf: int,
     in_edge_nf: int,
     basis: str | None,
-    dtype: torch.dtype | None,
-    device: torch.device,
+    parameter: Tensor,
 ) -> tuple[int, int]:
     """Refuse inputs with which the published model cannot run; returns (B, N).
 
-    `dtype` is the model's, or None under autocast, where inputs may differ from it.
+    Inputs must have `parameter`'s device and, unless autocast converts them, its dtype.
     """
+    device = parameter.device
+    dtype = None if torch.is_autocast_enabled(device.type) else parameter.dtype
     check_delta_frame(delta_frame)
     if num_atoms is None:
         refuse(
-            ValueError, "num_atoms", "the number of atoms per molecule", None, "set model.num_atoms = N"
+            ValueError,
+            "num_atoms",
+            "the number of atoms per molecule",
+            None,
+            "set model.num_atoms = N",
         )
     _check_count("num_atoms", num_atoms, 1)
     assert isinstance(num_atoms, int)
@@ -181,9 +218,12 @@ def check_forward(
     total = x.shape[0]
     if total == 0 or total % num_atoms:
         refuse(
-            ValueError, "num_atoms", f"a divisor of x's {total} rows", num_atoms,
+            ValueError,
+            "num_atoms",
+            f"a divisor of x's {total} rows",
+            num_atoms,
             "set model.num_atoms to the number of atoms per molecule",
-        )  # fmt: skip
+        )
     batch = total // num_atoms
     _check_modes(num_modes, num_atoms, basis)
     _check_tensor("h", h, (total, in_node_nf), dtype, "node features (B*N, in_node_nf)")
@@ -198,7 +238,13 @@ def check_forward(
     named |= {"edge_fea": edge_fea} | ({"U_batch": eigvecs} if basis == "graph" else {})
     for name, value in named.items():
         if isinstance(value, Tensor) and value.device != device:
-            refuse(ValueError, name, f"on {device}, the model's device", describe(value), "move it there")
+            refuse(
+                ValueError,
+                name,
+                f"on {device}, the model's device",
+                describe(value),
+                "move it there",
+            )
     return batch, num_atoms
 
 
@@ -206,44 +252,68 @@ def _check_modes(num_modes: int, num_atoms: int, basis: str | None) -> None:
     if basis is None:
         if num_modes != num_atoms:
             refuse(
-                ValueError, "num_modes", f"num_atoms ({num_atoms}) when no_fourier=True", num_modes,
+                ValueError,
+                "num_modes",
+                f"num_atoms ({num_atoms}) when no_fourier=True",
+                num_modes,
                 "construct the model with that num_modes",
-            )  # fmt: skip
+            )
         return
     limit = num_atoms // 2 + 1 if basis == "linear" else num_atoms
     if num_modes > limit:
         refuse(
-            ValueError, "num_modes", f"at most {limit} for {num_atoms} atoms in the {basis} basis",
-            num_modes, "construct the model with fewer modes or set model.num_atoms",
-        )  # fmt: skip
+            ValueError,
+            "num_modes",
+            f"at most {limit} for {num_atoms} atoms in the {basis} basis",
+            num_modes,
+            "construct the model with fewer modes or set model.num_atoms",
+        )
 
 
 def _check_edges(
     edge_index: object, edge_fea: object, in_edge_nf: int, dtype: torch.dtype | None
 ) -> None:
     if not isinstance(edge_index, Tensor | tuple | list) or len(edge_index) != 2:
-        refuse(TypeError, "edge_index", "a pair (row, col)", describe(edge_index), "pass two tensors")
+        refuse(
+            TypeError, "edge_index", "a pair (row, col)", describe(edge_index), "pass two tensors"
+        )
     row, col = edge_index
     _check_tensor("edge_index[0]", row, (None,), None, "rows (E,)")
     _check_tensor("edge_index[1]", col, (row.shape[0],), None, "columns (E,)")
     for i, end in enumerate((row, col)):
         if end.dtype not in (torch.int64, torch.int32):
-            refuse(TypeError, f"edge_index[{i}]", "torch.int64", describe(end), "convert with .long()")
-    _check_tensor("edge_fea", edge_fea, (row.shape[0], in_edge_nf), dtype, "edge features (E, in_edge_nf)")
+            refuse(
+                TypeError, f"edge_index[{i}]", "torch.int64", describe(end), "convert with .long()"
+            )
+    _check_tensor(
+        "edge_fea", edge_fea, (row.shape[0], in_edge_nf), dtype, "edge features (E, in_edge_nf)"
+    )
 
 
 def _check_times(timeframes: object, batch: int, num_timesteps: int) -> None:
-    if isinstance(timeframes, Tensor) and timeframes.dim() == 2 and timeframes.shape[1] != num_timesteps:
+    if (
+        isinstance(timeframes, Tensor)
+        and timeframes.dim() == 2
+        and timeframes.shape[1] != num_timesteps
+    ):
         refuse(
-            ValueError, "timeframes", f"of width num_timesteps ({num_timesteps})", describe(timeframes),
+            ValueError,
+            "timeframes",
+            f"of width num_timesteps ({num_timesteps})",
+            describe(timeframes),
             "pass that many output times per molecule or set num_timesteps",
-        )  # fmt: skip
-    _check_tensor("timeframes", timeframes, (batch, num_timesteps), None, "output times in frames (B, T)")
+        )
+    _check_tensor(
+        "timeframes", timeframes, (batch, num_timesteps), None, "output times in frames (B, T)"
+    )
     assert isinstance(timeframes, Tensor)
     if timeframes.dtype == torch.bool or timeframes.is_complex():
         refuse(TypeError, "timeframes", "real numbers", describe(timeframes), "pass frame counts")
     if not ((timeframes > 0) & (timeframes < float("inf"))).all():
         refuse(
-            ValueError, "timeframes", "positive and finite", f"a minimum of {timeframes.min().item()}",
+            ValueError,
+            "timeframes",
+            "positive and finite",
+            f"a minimum of {timeframes.min().item()}",
             "pass frames after the start frame, which is time 0",
-        )  # fmt: skip
+        )

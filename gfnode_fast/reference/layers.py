@@ -14,7 +14,8 @@ COORDINATE_WIDTH = 6  # x and v, carried beside h by GraphSAGE and GCN
 
 
 class MLP(nn.Module):
-    """Linear(in, hidden) → act → Linear(hidden, out), with `act` again at the end if `activate_last`.
+    """Linear(in, hidden) → act → Linear(hidden, out), with `act` again at the end if
+    `activate_last`.
 
     `flat` widens the hidden layer four times and uses Tanh for every activation.
     """
@@ -32,7 +33,11 @@ class MLP(nn.Module):
         super().__init__()
         if flat:
             activation, hidden_width = nn.Tanh(), 4 * hidden_width
-        modules = [nn.Linear(in_width, hidden_width), activation, nn.Linear(hidden_width, out_width)]
+        modules = [
+            nn.Linear(in_width, hidden_width),
+            activation,
+            nn.Linear(hidden_width, out_width),
+        ]
         if activate_last:
             modules.append(activation)
         self.mlp = nn.Sequential(*modules)
@@ -62,13 +67,17 @@ def sum_onto_nodes(values: Tensor, row: Tensor, num_nodes: int) -> Tensor:
 
 
 def mean_onto_nodes(values: Tensor, row: Tensor, num_nodes: int) -> Tensor:
-    """Mean of edge values (E, C) over each row's edges, 0 for a node without edges; (num_nodes, C)."""
+    """Mean of edge values (E, C) over each row's edges, 0 for a node without edges; (num_nodes,
+    C).
+    """
     degree = sum_onto_nodes(torch.ones_like(values[:, :1]), row, num_nodes)
     return sum_onto_nodes(values, row, num_nodes) / degree.clamp(min=1)
 
 
 class EGNNLayer(nn.Module):
-    """Equivariant layer with velocities (E(n)-GNN, arXiv 2102.09844, as used by the published model)."""
+    """Equivariant layer with velocities (E(n)-GNN, arXiv 2102.09844, as used by the published
+    model).
+    """
 
     def __init__(
         self, width: int, edge_width: int, activation: nn.Module, *, flat: bool, norm: bool
@@ -100,12 +109,15 @@ class EGNNLayer(nn.Module):
 class _CoordinateFeatureLayer(nn.Module):
     """Message passing on c = [x, v, h], residual, coordinates treated as features."""
 
-    concatenate_self: bool  # whether the node MLP sees the node's own c beside its neighbourhood mean
+    concatenate_self: (
+        bool  # whether the node MLP sees the node's own c beside its neighbourhood mean
+    )
 
     def __init__(
         self, width: int, edge_width: int, activation: nn.Module, *, flat: bool, norm: bool
     ) -> None:
-        # `norm` concerns distances, which these layers do not form; the published model ignores it here.
+        # `norm` concerns distances, which these layers do not form; the published model ignores it
+        # here.
         super().__init__()
         c = width + COORDINATE_WIDTH
         self.edge_mlp = MLP(2 * c + edge_width, c, c, activation, flat=flat)

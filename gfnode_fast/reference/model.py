@@ -32,7 +32,8 @@ class FourierMD(nn.Module):
         num_atoms: N, atoms per molecule; may be set later, None until then.
         solver: any torchdiffeq method that needs no options; `rtol`, `atol` its tolerances.
         delta_frame: frames that make one unit of normalised time.
-        fourier_basis: "graph" (Laplacian eigenvectors), "linear" (FFT over atoms), None with `no_fourier`.
+        fourier_basis: "graph" (Laplacian eigenvectors), "linear" (FFT over atoms), None with
+            `no_fourier`.
         no_fourier: no transform over atoms; M must equal N.
         no_ode: one application of the right-hand side instead of a solve.
         use_vae: sample the encoded features and positions, with a KL term.
@@ -42,12 +43,14 @@ class FourierMD(nn.Module):
         propagate_x, propagate_h: whether positions and velocities, and features, are propagated.
 
     Raises:
-        TypeError, ValueError: an argument with which the published model crashes; the message names it.
+        TypeError, ValueError: an argument with which the published model crashes; the message
+            names it.
 
     Notes:
-        Positions and velocities are in the data's own units (Å and Å/frame for MD17). The activation applied
-        to propagated vectors makes the model not rotation-equivariant, as published. One solver call serves
-        the whole batch, so a molecule's result depends, within tolerance, on its batch mates.
+        Positions and velocities are in the data's own units (Å and Å/frame for MD17). The
+        activation applied to propagated vectors makes the model not rotation-equivariant, as
+        published. One solver call serves the whole batch, so a molecule's result depends, within
+        tolerance, on its batch mates.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class FourierMD(nn.Module):
         in_node_nf: int,
         in_edge_nf: int,
         hidden_nf: int,
-        activation: nn.Module = nn.SiLU(),  # noqa: B008 - the published signature; it holds no state
+        activation: nn.Module = nn.SiLU(),  # noqa: B008 - published default, stateless
         device: str | torch.device = "cpu",
         with_v: bool = False,
         flat: bool = False,
@@ -134,8 +137,9 @@ class FourierMD(nn.Module):
         self.propagate_x = propagate_x
         self.propagate_h = propagate_h
 
-        # Registration order numbers the parameters of a saved optimizer, construction order draws the
-        # initial values; the published model's differ, hence the two ModuleLists that are filled later.
+        # Registration order numbers the parameters of a saved optimizer, construction order draws
+        # the initial values; the published model's differ, hence the two ModuleLists that are
+        # filled later.
         self.encode_layers = nn.ModuleList()
         self.decode_layers = nn.ModuleList()
         self.embedding = nn.Linear(in_node_nf, hidden_nf)
@@ -157,9 +161,7 @@ class FourierMD(nn.Module):
     def _append_layers(self, layers: nn.ModuleList, width: int, activation: nn.Module) -> None:
         layer = GRAPH_LAYERS[self.gnn_ablation_mode]
         for _ in range(self.n_layers):
-            layers.append(
-                layer(width, self.in_edge_nf, activation, flat=self.flat, norm=self.norm)
-            )
+            layers.append(layer(width, self.in_edge_nf, activation, flat=self.flat, norm=self.norm))
 
     def _propagator(self, channels: int) -> Propagator:
         rhs = (
@@ -196,8 +198,8 @@ class FourierMD(nn.Module):
             U_batch: (B, N, N) Laplacian eigenvectors in columns, ascending; graph basis only.
 
         Returns:
-            x (T*B*N, 3), v (T*B*N, 3), h (T*B*N, K+Kt), ordered [t, b, n], and the 0-dim KL term, 0 without
-            the VAE.
+            x (T*B*N, 3), v (T*B*N, 3), h (T*B*N, K+Kt), ordered [t, b, n], and the 0-dim KL term,
+            0 without the VAE.
         """
         batch, num_atoms = check_forward(
             x=x,
@@ -215,12 +217,11 @@ class FourierMD(nn.Module):
             in_node_nf=self.in_node_nf,
             in_edge_nf=self.in_edge_nf,
             basis=self.fourier_basis,
-            dtype=None
-            if torch.is_autocast_enabled(x.device.type)
-            else self.embedding.weight.dtype,
-            device=self.embedding.weight.device,
+            parameter=self.embedding.weight,
         )
-        assert v is not None and loc_mean is not None and timeframes is not None
+        assert v is not None
+        assert loc_mean is not None
+        assert timeframes is not None
         assert self.delta_frame is not None
         row, col = edge_index
         x, v, h = self._encode(x, v, h, row, col, edge_fea)
@@ -240,7 +241,9 @@ class FourierMD(nn.Module):
         return x, v, h
 
     def _sample(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reparametrised h and x with their KL divergence from N(0, 1); the identity without the VAE."""
+        """Reparametrised h and x with their KL divergence from N(0, 1); the identity without the
+        VAE.
+        """
         if not self.use_vae:
             return h, x, torch.zeros((), dtype=torch.float32, device=x.device)
         h, kld_h = _reparametrise(self.fc_mu_h(h), self.fc_logvar_h(h))
@@ -257,7 +260,9 @@ class FourierMD(nn.Module):
         eigvecs: Tensor | None,
         batch_shape: tuple[int, int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Encoded state at time 0 → (T*B*N, ...) at normalised times s (B, T), residual included."""
+        """Encoded state at time 0 → (T*B*N, ...) at normalised times s (B, T), residual
+        included.
+        """
         num_times = s.shape[1]
         features = h.view(*batch_shape, 1, -1)
         vectors = torch.stack((x - loc_mean, v), dim=-1).view(*batch_shape, 3, VECTOR_CHANNELS)

@@ -1,7 +1,9 @@
-"""Spectral propagation: transform over the atoms, one ODE per retained mode, transform back at T times.
+"""Spectral propagation: transform over the atoms, one ODE per retained mode, transform back at T
+times.
 
-Shapes: B molecules, N atoms, M modes, T times, C channels, D = 1 for node features and 3 for the Cartesian
-components, which ride along as extra batch entries (channels are then position and velocity).
+Shapes: B molecules, N atoms, M modes, T times, C channels, D = 1 for node features and 3 for the
+Cartesian components, which ride along as extra batch entries (channels are then position and
+velocity).
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ FOURIER_BASES = ("graph", "linear")
 
 
 class ModeRHS(nn.Module):
-    """Right-hand side dy/ds = g(s, y) of the graph basis (and of no basis): y (M, B, C), s 0-dim or None.
+    """Right-hand side dy/ds = g(s, y) of the graph basis (and of no basis): y (M, B, C), s 0-dim
+    or None.
 
     z = [y, e(s)], mixed across modes by attention or an MLP, then one matrix per mode:
     dy/ds[m] = z[m] @ weights1[m].
@@ -30,14 +33,18 @@ class ModeRHS(nn.Module):
         super().__init__()
         width = channels + (0 if time_mode == "none" else time_width)
         self.mode_interaction = mode_interaction
-        self.time_embedding = None if time_mode == "none" else SolverTimeEmbedding(time_mode, time_width)
+        self.time_embedding = (
+            None if time_mode == "none" else SolverTimeEmbedding(time_mode, time_width)
+        )
         self.weights1 = nn.Parameter(torch.rand(num_modes, width, channels) / (channels * channels))
         if mode_interaction == "attention":
             self.attn = nn.MultiheadAttention(width, num_heads=1)
             self.post_attn_linear = nn.Linear(width, width)
         elif mode_interaction == "concat":
             flat = num_modes * width
-            self.mlp = nn.Sequential(nn.Linear(flat, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, flat))
+            self.mlp = nn.Sequential(
+                nn.Linear(flat, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, flat)
+            )
         self.time_mlp = (
             nn.Sequential(nn.Linear(1, MLP_WIDTH), nn.ReLU(), nn.Linear(MLP_WIDTH, time_width))
             if time_mode == "mlp"
@@ -60,11 +67,15 @@ class ModeRHS(nn.Module):
 
 
 class LinearBasisRHS(nn.Module):
-    """Right-hand side of the linear (FFT) basis: dy/ds[m] = y[m] @ W[..., m], complex y (M, B, C)."""
+    """Right-hand side of the linear (FFT) basis: dy/ds[m] = y[m] @ W[..., m], complex y (M, B,
+    C).
+    """
 
     def __init__(self, channels: int, num_modes: int) -> None:
         super().__init__()
-        self.weights1 = nn.Parameter(torch.rand(channels, channels, num_modes, 2) / (channels * channels))
+        self.weights1 = nn.Parameter(
+            torch.rand(channels, channels, num_modes, 2) / (channels * channels)
+        )
 
     def forward(self, s: Tensor | None, y: Tensor) -> Tensor:
         return torch.einsum("mbi,iom->mbo", y, torch.view_as_complex(self.weights1))
@@ -74,7 +85,13 @@ class ModeODE(nn.Module):
     """One torchdiffeq solve for the whole batch on the union of all molecules' times."""
 
     def __init__(
-        self, ode_func: ModeRHS | LinearBasisRHS, *, solver: str, rtol: float, atol: float, no_ode: bool
+        self,
+        ode_func: ModeRHS | LinearBasisRHS,
+        *,
+        solver: str,
+        rtol: float,
+        atol: float,
+        no_ode: bool,
     ) -> None:
         super().__init__()
         self.ode_func = ode_func
@@ -98,13 +115,15 @@ class ModeODE(nn.Module):
         )
         solution = solution.view(-1, *y0.shape).transpose(1, 2)  # (L, B, M, D, C)
         molecule = torch.arange(batch, device=s.device)
-        return solution[position.T + 1, molecule]
+        own: Tensor = solution[position.T + 1, molecule]
+        return own
 
 
 class Propagator(nn.Module):
     """Transform, solve, transform back: (B, N, D, C) at time 0 → (T, B, N, D, C).
 
-    `basis` is "graph" (Laplacian eigenvectors), "linear" (rfft over the atom axis) or None (no transform).
+    `basis` is "graph" (Laplacian eigenvectors), "linear" (rfft over the atom axis) or None (no
+    transform).
     """
 
     def __init__(self, basis: str | None, num_modes: int, t_conv: ModeODE) -> None:
@@ -114,8 +133,10 @@ class Propagator(nn.Module):
         self.t_conv = t_conv
 
     def forward(self, signal: Tensor, s: Tensor, eigvecs: Tensor | None) -> Tensor:
+        y: Tensor
         if self.basis is None:
-            return self.t_conv(signal.transpose(0, 1), s)
+            y = self.t_conv(signal.transpose(0, 1), s)
+            return y
         if self.basis == "linear":
             spectrum = torch.fft.rfft(signal, dim=1)[:, : self.num_modes]
             y = self.t_conv(spectrum.transpose(0, 1), s)

@@ -32,7 +32,8 @@ def frame_embedding(frames: Tensor, width: int) -> Tensor:
         width: embedding width, at least 4.
 
     Returns:
-        `frames.shape + (width,)`, float32: [sin(t f), cos(t f)], zero-padded by one if `width` is odd.
+        `frames.shape + (width,)`, float32: [sin(t f), cos(t f)], zero-padded by one if `width` is
+        odd.
     """
     frequencies = _frequencies(width // 2, FRAME_PERIOD, frames.device)
     return _sin_cos(frames.float().unsqueeze(-1) * frequencies, width)
