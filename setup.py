@@ -117,7 +117,9 @@ def sources(pattern):
 def extension(plan):
     from torch.utils import cpp_extension
 
-    version = re.search(r'"(.+)"', (ROOT / "gfnode_fast" / "_version.py").read_text())[1]
+    version = re.search(
+        r'__version__ = "(.+)"', (ROOT / "gfnode_fast" / "_version.py").read_text()
+    )[1]
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DGFNODE_VERSION={version}"]
     files = sources("*.cpp") + sources("ops/*.cpp") + sources("cpu/*.cpp")
     link = []

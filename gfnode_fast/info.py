@@ -1,0 +1,137 @@
+"""What this installation is and can do: versions, devices, backends and why not, the extension."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from typing import Any
+
+from gfnode_fast._extension import binary_info, build_record, why_no_extension
+from gfnode_fast._version import __version__
+
+PACKAGES = (
+    "torch",
+    "torchdiffeq",
+    "numpy",
+    "triton",
+    "safetensors",
+    "jsonargparse",
+    "pyyaml",
+    "tqdm",
+    "matplotlib",
+    "ase",
+    "tblite",
+    "rdkit",
+    "mdtraj",
+    "tensorboard",
+)
+
+
+def info() -> dict[str, Any]:
+    """Describe the installation.
+
+    Returns:
+        A dict that `json.dumps` takes:
+
+        version, python, platform: of this package, the interpreter, the machine.
+        packages: name → version, None where it is not installed.
+        devices: `cpu` with its cores and torch's threads; `cuda` with `available`, `why_not`,
+            `toolkit` (torch's) and per device name, compute capability, memory in bytes and
+            number of multiprocessors.
+        backends: name → `available`, `why_not`.
+        extension: `available`, `why_not`, `build` (what the installation asked for, built, and why
+            no more) and `binary` (what the loaded binary says of itself).
+
+    Notes:
+        Loads the extension if it is there. Queries CUDA devices, allocates nothing on them.
+    """
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _installed_version(name) for name in PACKAGES},
+        "devices": {"cpu": _cpu(), "cuda": _cuda()},
+        "backends": _backends(),
+        "extension": _extension(),
+    }
+
+
+def _installed_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _availability(problem: str | None) -> dict[str, Any]:
+    return {"available": problem is None, "why_not": problem}
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    return {"cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
+
+
+def _why_no_cuda() -> str | None:
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def _cuda() -> dict[str, Any]:
+    import torch
+
+    problem = _why_no_cuda()
+    devices = []
+    for index in range(0 if problem else torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": properties.name,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
+                "multiprocessors": properties.multi_processor_count,
+            }
+        )
+    return {**_availability(problem), "toolkit": torch.version.cuda, "devices": devices}
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return _why_no_cuda()
+
+
+def _backends() -> dict[str, dict[str, Any]]:
+    from gfnode_fast.nn.fourier_md import BACKENDS
+
+    problems = {
+        "reference": None,
+        "triton": _why_no_triton(),
+        "extension": why_no_extension(),
+    }
+    backends = {}
+    for name, problem in problems.items():
+        if name not in BACKENDS:
+            absent = "FourierMD has no such backend in this version"
+            problem = f"{absent}; besides, {problem}" if problem else absent
+        backends[name] = _availability(problem)
+    return backends
+
+
+def _extension() -> dict[str, Any]:
+    problem = why_no_extension()
+    return {
+        **_availability(problem),
+        "build": build_record(),
+        "binary": None if problem else binary_info(),
+    }
