@@ -3,14 +3,18 @@
 from gfnode_fast.data.compact import write_compact
 from gfnode_fast.data.dataset import Batch, WindowDataset
 from gfnode_fast.data.graph import PUBLISHED_RIGID_BONDS, MolecularGraph, build_graph
+from gfnode_fast.data.inspection import Inspection, inspect_trajectory
 from gfnode_fast.data.readers import load_trajectory
-from gfnode_fast.data.samples import load_sample
-from gfnode_fast.data.trajectory import Trajectory, TrajectoryError
+from gfnode_fast.data.sample import load_sample
+from gfnode_fast.data.splits import load_windows, save_windows
+from gfnode_fast.data.trajectory import MissingTimeStepError, Trajectory, TrajectoryError
 from gfnode_fast.data.windows import Windows, draw_windows
 
 __all__ = [
     "PUBLISHED_RIGID_BONDS",
     "Batch",
+    "Inspection",
+    "MissingTimeStepError",
     "MolecularGraph",
     "Trajectory",
     "TrajectoryError",
@@ -18,7 +22,10 @@ __all__ = [
     "Windows",
     "build_graph",
     "draw_windows",
+    "inspect_trajectory",
     "load_sample",
     "load_trajectory",
+    "load_windows",
+    "save_windows",
     "write_compact",
 ]

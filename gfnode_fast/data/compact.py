@@ -36,7 +36,7 @@ def write_compact(
     ------
     ValueError
         For another suffix, trajectories with missing frames, a quantum that is not positive or so
-        small that positions do not fit 30 bits.
+        small that positions do not fit 29 bits.
     """
     if not str(path).endswith(".npz"):
         raise ValueError(f"write_compact: `path` must end in .npz, got {path}")
@@ -50,9 +50,10 @@ def write_compact(
     scaled = np.rint(trajectory.positions.astype(np.float64) / quantum)
     # Second differences are up to four times larger than positions and must fit 32 bits.
     if np.abs(scaled).max() >= 2**29:
+        least = np.abs(trajectory.positions).max() / 2**29
         raise ValueError(
-            f"write_compact: `quantum` must be at least {np.abs(trajectory.positions).max() / 2**29}"
-            f" for these positions, got {quantum}; centre them or raise it"
+            f"write_compact: `quantum` must be above {least:.3g} for positions this far from the "
+            f"origin, got {quantum}; centre them or raise it"
         )
     integers = scaled.astype(np.int64)
     second = np.diff(np.diff(integers, axis=0, prepend=0), axis=0, prepend=0)

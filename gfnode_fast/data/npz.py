@@ -7,7 +7,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterable
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -15,10 +15,9 @@ from gfnode_fast.data.trajectory import Array, TrajectoryError
 
 # No single array may be larger than this when unpacked; MD17's largest has 0.2 GB.
 MAX_ARRAY_BYTES = 4 * 2**30
-_HEADER_READERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
+Header = tuple[tuple[int, ...], np.dtype[Any]]
+_NPY: Any = np.lib.format  # Any: its functions are not annotated.
+_HEADER_READERS = {(1, 0): _NPY.read_array_header_1_0, (2, 0): _NPY.read_array_header_2_0}
 # What zipfile, zlib and the npy reader raise on damaged, encrypted or exotic archives.
 _DAMAGE = (
     zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError, RuntimeError,
@@ -26,7 +25,7 @@ _DAMAGE = (
 )  # fmt: skip
 
 
-def read_headers(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:  # type: ignore[type-arg]
+def read_headers(path: str | os.PathLike[str]) -> dict[str, Header]:
     """Shape and dtype of every array of an npz file; no data is read.
 
     Raises
@@ -97,9 +96,7 @@ def _open(path: str | os.PathLike[str]) -> zipfile.ZipFile:
         ) from error
 
 
-def _members(
-    archive: zipfile.ZipFile, path: str | os.PathLike[str]
-) -> dict[str, zipfile.ZipInfo]:
+def _members(archive: zipfile.ZipFile, path: str | os.PathLike[str]) -> dict[str, zipfile.ZipInfo]:
     members: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
         if not member.filename.endswith(".npy"):
@@ -142,10 +139,8 @@ class _reading:
             raise self._damaged(error) from error
 
 
-def _header(
-    stream: IO[bytes], path: object, key: str
-) -> tuple[tuple[int, ...], np.dtype]:  # type: ignore[type-arg]
-    version = np.lib.format.read_magic(stream)
+def _header(stream: IO[bytes], path: object, key: str) -> Header:
+    version = _NPY.read_magic(stream)
     if version not in _HEADER_READERS:
         raise TrajectoryError(
             f"{path}: key '{key}' must be in npy format 1.0 or 2.0, got {version[0]}.{version[1]}"
@@ -179,6 +174,6 @@ def _read(
                 "or truncated"
             )
     with _reading(archive, member, path, key) as stream:
-        array: Array = np.lib.format.read_array(stream, allow_pickle=False)
+        array: Array = _NPY.read_array(stream, allow_pickle=False)
         stream.read(1)  # The end must be reached for zipfile to compare the checksum.
     return array

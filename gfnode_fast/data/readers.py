@@ -10,8 +10,9 @@ from typing import Literal, get_args
 import numpy as np
 
 from gfnode_fast.data.compact import COMPACT_KEYS, decode_compact
+from gfnode_fast.data.external import read_ase, read_mdtraj
 from gfnode_fast.data.npz import read_arrays, read_headers, read_metadata
-from gfnode_fast.data.trajectory import WELL_KNOWN_DT, Array, Trajectory, TrajectoryError
+from gfnode_fast.data.trajectory import Array, Trajectory, TrajectoryError, agree_dt
 
 Format = Literal["native", "compact", "md17", "rmd17", "md22", "sparse", "ase", "mdtraj"]
 
@@ -47,7 +48,8 @@ def load_trajectory(
     format : how to read it; by default told by the keys of an npz file, or by the suffix:
 
         * ``"native"``: what `Trajectory.save` wrote; ``"compact"``: what `write_compact` wrote.
-        * ``"md17"``, ``"md22"``: npz with R (frames, atoms, 3) and z, perhaps E, F, dt_fs, metadata.
+        * ``"md17"``, ``"md22"``: npz with R (frames, atoms, 3) and z; E, F, dt_fs and
+          metadata where they are there.
         * ``"rmd17"``: npz with coords, nuclear_charges and old_indices. The rows of these files are
           shuffled: they are sorted by old_indices, which become the frame numbers.
         * ``"sparse"``: md17 with the frame number of each row (frame), rows usable as starts
@@ -74,47 +76,35 @@ def load_trajectory(
         When a package that the format needs is not installed.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"load_trajectory: `path` must be a file, got {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"load_trajectory: `path` must be an existing file, got {path}")
     if format is not None and format not in get_args(Format):
         raise ValueError(
             f"load_trajectory: `format` must be one of {', '.join(get_args(Format))}, got "
             f"{format!r}"
         )
-    keys: Collection[str] = ()
-    suffix = path.suffix.lower()
     if format is None:
-        if suffix == ".npz":
-            keys = read_headers(path)
-            format = _detect(path, keys)
-        else:
-            format = "mdtraj" if suffix in _MDTRAJ_SUFFIXES else "ase"
-    elif format not in ("ase", "mdtraj"):
-        keys = read_headers(path)
+        format = detect_format(path)
     if topology is not None and format != "mdtraj":
         raise ValueError(
             f"load_trajectory: `topology` must be None for format {format!r}, whose files name "
             f"their atoms, got {topology}"
         )
-    trajectory = _named(path, lambda: _read(path, format, keys, dt_fs, topology))
+    trajectory = _named(path, lambda: _read(path, format, dt_fs, topology))
     return trajectory.heavy_atoms() if heavy_only else trajectory
 
 
 def _read(
     path: Path,
     format: Format,
-    keys: Collection[str],
     dt_fs: float | None,
     topology: str | os.PathLike[str] | None,
 ) -> Trajectory:
     if format == "ase":
-        from gfnode_fast.data.external import read_ase
-
         return read_ase(path, dt_fs)
     if format == "mdtraj":
-        from gfnode_fast.data.external import read_mdtraj
-
         return read_mdtraj(path, dt_fs, topology)
+    keys = read_headers(path)
     if format == "compact":
         trajectory = decode_compact(read_arrays(path, COMPACT_KEYS), str(path))
         agree_dt(path, dt_fs, trajectory.dt_fs)
@@ -136,7 +126,18 @@ def _named(path: Path, read: Callable[[], Trajectory]) -> Trajectory:
         raise TrajectoryError(f"{path}: {error}") from error
 
 
-def _detect(path: Path, keys: Collection[str]) -> Format:
+def detect_format(path: str | os.PathLike[str]) -> Format:
+    """Format of a file: by the keys of an npz, by the suffix otherwise (unknown ones: ASE).
+
+    Raises
+    ------
+    TrajectoryError
+        When an npz file has the keys of no known format, or cannot be read.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix != ".npz":
+        return "mdtraj" if suffix in _MDTRAJ_SUFFIXES else "ase"
+    keys = read_headers(path)
     for name, needed in _KNOWN_BY:
         if all(key in keys for key in needed):
             return name
@@ -145,23 +146,6 @@ def _detect(path: Path, keys: Collection[str]) -> Format:
         + "; ".join(f"{name}: {', '.join(needed)}" for name, needed in _KNOWN_BY)
         + f"), got {', '.join(sorted(keys)) or 'none'}"
     )
-
-
-def agree_dt(path: Path, given: float | None, found: float | None) -> float:
-    """Return the caller's dt or the file's; one must be there, and both must agree."""
-    if given is None and found is None:
-        raise ValueError(
-            f"load_trajectory: `dt_fs` must be given, because {path} does not say the time "
-            f"between its frames; pass dt_fs=... ({WELL_KNOWN_DT})"
-        )
-    if given is None or found is None:
-        return float(given if found is None else found)  # type: ignore[arg-type]
-    if not np.isclose(given, found, rtol=1e-3, atol=0):
-        raise ValueError(
-            f"load_trajectory: `dt_fs` must agree with the {found} fs that {path} says, got "
-            f"{given}; leave it out, or correct the trajectory with dataclasses.replace"
-        )
-    return float(given)
 
 
 def _found_dt(arrays: dict[str, Array], metadata: dict[str, object], path: Path) -> float | None:
@@ -198,9 +182,7 @@ def _text(array: Array) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _refuse_other_units(
-    arrays: dict[str, Array], metadata: dict[str, object], path: Path
-) -> None:
+def _refuse_other_units(arrays: dict[str, Array], metadata: dict[str, object], path: Path) -> None:
     unit = _text(arrays["r_unit"]) if "r_unit" in arrays else str(metadata.get("r_unit", "Ang"))
     if unit.lower() not in _ANGSTROM:
         raise TrajectoryError(
@@ -215,9 +197,7 @@ def _typed(array: Array, kinds: str, path: Path, key: str) -> Array:
     return array
 
 
-def _values(
-    arrays: dict[str, Array], key: str, path: Path, shape: tuple[int, ...]
-) -> Array | None:
+def _values(arrays: dict[str, Array], key: str, path: Path, shape: tuple[int, ...]) -> Array | None:
     """Optional floating-point array `key`, checked against `shape`; (F, 1) serves for (F,)."""
     if key not in arrays:
         return None
@@ -233,9 +213,7 @@ def _values(
 def _floats(array: Array, path: Path, key: str) -> Array:
     _typed(array, "f", path, key)
     if array.dtype.itemsize not in (4, 8):
-        raise TrajectoryError(
-            f"{path}: key '{key}' must be float32 or float64, got {array.dtype}"
-        )
+        raise TrajectoryError(f"{path}: key '{key}' must be float32 or float64, got {array.dtype}")
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
 
 
@@ -337,7 +315,8 @@ def _read_md17(
     _refuse_other_units(arrays, metadata, path)
     positions = _positions(arrays["R"], path, "R")
     num_frames, num_atoms, _ = positions.shape
-    frames = start = velocities = None
+    frames = np.empty(0, dtype=np.int64)  # Every frame is there, from 0.
+    start = velocities = None
     if sparse:
         frames = _typed(arrays["frame"], "iu", path, "frame")
         start = _typed(arrays["start"], "iu", path, "start")
@@ -348,7 +327,7 @@ def _read_md17(
         positions=positions,
         numbers=_numbers(arrays["z"], path, "z", num_atoms),
         dt_fs=agree_dt(path, dt_fs, _found_dt(arrays, metadata, path)),
-        frames=frames,  # type: ignore[arg-type]
+        frames=frames,
         start_rows=start,
         start_velocities=velocities,
         energies=_values(arrays, "E", path, (num_frames,)),

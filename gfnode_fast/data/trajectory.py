@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,10 @@ WELL_KNOWN_DT = (
     "MD17 and rMD17: 0.5, but paracetamol and azobenzene 1.0; MD22: 1.0; "
     "alanine dipeptide saved every picosecond: 1000.0"
 )
+
+
+class MissingTimeStepError(ValueError):
+    """Neither the caller nor the file says the time between two frames."""
 
 
 class TrajectoryError(ValueError):
@@ -36,7 +41,7 @@ class Trajectory:
     numbers : (N,) int64, atomic numbers, 1 to 118.
     dt_fs : time between two successive frame *numbers*, fs.
     frames : (F,) int64, frame number of each row, strictly ascending. Row r was taken at the time
-        ``frames[r] * dt_fs``. Default: 0 … F-1.
+        ``frames[r] * dt_fs``. Default (an empty array): 0 … F-1.
     start_rows : (S,) int64, strictly ascending rows usable as the start of a window, or None:
         every row whose successor is the next frame (so that a velocity exists).
     start_velocities : (S, N, 3), Å/frame, velocity at each start row, or None: the difference of
@@ -55,7 +60,7 @@ class Trajectory:
     positions: Array
     numbers: Array
     dt_fs: float
-    frames: Array = field(default=None)  # type: ignore[assignment]
+    frames: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     start_rows: Array | None = None
     start_velocities: Array | None = None
     energies: Array | None = None
@@ -63,10 +68,10 @@ class Trajectory:
     metadata: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # A frozen instance is completed through object.__setattr__: defaults and integer widths.
+        # A frozen instance is completed (defaults, integer widths) through object.__setattr__.
         _check_positions(self.positions)
         num_frames, num_atoms, _ = self.positions.shape
-        if self.frames is None:
+        if np.size(self.frames) == 0:
             object.__setattr__(self, "frames", np.arange(num_frames, dtype=np.int64))
         for name in ("numbers", "frames", "start_rows"):
             if getattr(self, name) is not None:
@@ -167,7 +172,8 @@ class Trajectory:
                 f"velocities: `rows` must be followed by the next frame, got row {rows[~known][0]} "
                 "which is not; draw windows from this trajectory"
             )
-        return self.positions[following].astype(np.float64) - self.positions[rows]
+        difference: Array = self.positions[following].astype(np.float64) - self.positions[rows]
+        return difference
 
     def heavy_atoms(self) -> Trajectory:
         """Return the trajectory without hydrogens (the published preparation of MD17 and rMD17).
@@ -241,7 +247,26 @@ class Trajectory:
             np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
 
 
-def _positive_dt(dt_fs: float) -> float:
+def agree_dt(path: Path, given: float | None, found: float | None) -> float:
+    """Return the caller's dt or the file's; one must be there, and both must agree."""
+    if given is not None:
+        given = _positive_dt(given)
+    if given is None and found is None:
+        raise MissingTimeStepError(
+            f"load_trajectory: `dt_fs` must be given, because {path} does not say the time "
+            f"between its frames; pass dt_fs=... ({WELL_KNOWN_DT})"
+        )
+    if given is None or found is None:
+        return float(given if found is None else found)  # type: ignore[arg-type]
+    if not np.isclose(given, found, rtol=1e-3, atol=0):
+        raise ValueError(
+            f"load_trajectory: `dt_fs` must agree with the {found} fs that {path} says, got "
+            f"{given}; leave it out, or correct the trajectory with dataclasses.replace"
+        )
+    return float(given)
+
+
+def _positive_dt(dt_fs: object) -> float:
     if isinstance(dt_fs, bool) or not isinstance(dt_fs, (int, float, np.integer, np.floating)):
         raise TypeError(f"Trajectory: `dt_fs` must be a number, got {type(dt_fs).__name__}")
     if not (np.isfinite(dt_fs) and dt_fs > 0):
@@ -251,7 +276,7 @@ def _positive_dt(dt_fs: float) -> float:
     return float(dt_fs)
 
 
-def _check_positions(positions: Array) -> None:
+def _check_positions(positions: object) -> None:
     if not isinstance(positions, np.ndarray):
         raise TypeError(
             f"Trajectory: `positions` must be a NumPy array, got {type(positions).__name__}"
@@ -264,7 +289,7 @@ def _check_positions(positions: Array) -> None:
     _check_float("positions", positions, positions.shape)
 
 
-def _check_float(name: str, array: Array | None, shape: tuple[int, ...]) -> None:
+def _check_float(name: str, array: object, shape: tuple[int, ...]) -> None:
     if array is None:
         return
     if not isinstance(array, np.ndarray) or array.dtype not in (np.float32, np.float64):

@@ -16,7 +16,7 @@ def load_sample(name: SampleName) -> Trajectory:
 
     ``"aspirin"``: 13 atoms, 60 000 frames; ``"ethanol"``: 3 atoms, 100 000 frames; positions
     rounded to 1e-5 Å. They are not MD17: an error measured on them is no MD17 result. Provenance
-    and licence stand in ``sample/README.md`` beside the files and in the metadata.
+    and licence stand in ``samples/README.md`` beside the files and in the metadata.
 
     Raises
     ------
@@ -29,6 +29,6 @@ def load_sample(name: SampleName) -> Trajectory:
         raise ValueError(
             f"load_sample: `name` must be one of {', '.join(get_args(SampleName))}, got {name!r}"
         )
-    resource = files("gfnode_fast.data").joinpath("sample", f"xtb_{name}_heavy.npz")
+    resource = files("gfnode_fast.data").joinpath("samples", f"xtb_{name}_heavy.npz")
     with as_file(resource) as path:
         return load_trajectory(path, format="compact")
