@@ -1,0 +1,1 @@
+"""The measuring bench: rows, inputs, baselines, timing, reports. Run its scripts from the checkout."""
