@@ -1,0 +1,46 @@
+"""Training, evaluation and prediction: ``train``, ``evaluate``, ``predict``."""
+
+from gfnode_fast.training.checkpoint import CheckpointError
+from gfnode_fast.training.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    config_from_dict,
+    config_to_dict,
+)
+from gfnode_fast.training.evaluation import evaluate
+from gfnode_fast.training.figure import save_figure
+from gfnode_fast.training.loop import NonFiniteLossError, TrainEvent, TrainResult, train
+from gfnode_fast.training.metrics import read_metrics
+from gfnode_fast.training.prediction import predict, write_extxyz
+from gfnode_fast.training.problem import GraphMismatchError
+from gfnode_fast.training.report import Distribution, Report, read_report
+from gfnode_fast.training.trained import TrainedModel, load_model
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataConfig",
+    "Distribution",
+    "GraphMismatchError",
+    "ModelConfig",
+    "NonFiniteLossError",
+    "OptimConfig",
+    "Report",
+    "TrainConfig",
+    "TrainEvent",
+    "TrainResult",
+    "TrainedModel",
+    "config_from_dict",
+    "config_to_dict",
+    "evaluate",
+    "load_model",
+    "predict",
+    "read_metrics",
+    "read_report",
+    "save_figure",
+    "train",
+    "write_extxyz",
+]

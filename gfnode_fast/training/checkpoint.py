@@ -1,0 +1,185 @@
+"""Checkpoints that a crash cannot spoil.
+
+A checkpoint NAME in a run's directory is three files:
+
+* ``NAME-<hash>.model.safetensors``: exactly the model's state_dict;
+* ``NAME-<hash>.state.safetensors``: everything else that is a tensor (graph, optimiser, random
+  state);
+* ``NAME.json``: the manifest. It names the two others with their SHA-256 and holds the rest.
+
+Every file is written beside its place, fsynced and renamed, the manifest last; tensor files are
+named by their content and never overwritten by other content. So at any moment ``NAME.json``
+describes one complete checkpoint, the old or the new. Nothing here is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+FORMAT = "gfnode_fast checkpoint"
+VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of another kind; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read: tensors on the CPU, ``manifest`` as plain values."""
+
+    path: Path
+    model: dict[str, Tensor]
+    state: dict[str, Tensor]
+    manifest: dict[str, Any]
+
+    def section(self, prefix: str) -> dict[str, Tensor]:
+        """The state tensors under ``prefix.``, with the prefix removed."""
+        return {
+            name.removeprefix(prefix + "."): tensor
+            for name, tensor in self.state.items()
+            if name.startswith(prefix + ".")
+        }
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` so that ``path`` holds either its old or its new content, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write ``values`` as JSON, atomically."""
+    write_atomically(path, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_checkpoint(
+    directory: Path,
+    name: str,
+    *,
+    model: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    manifest: Mapping[str, Any],
+) -> Path:
+    """Write checkpoint ``name`` into ``directory``, replacing the one of that name.
+
+    Returns:
+        The path of the manifest, ``directory/name.json``.
+
+    Raises:
+        RuntimeError: the package ``safetensors`` is not installed.
+    """
+    safetensors = _safetensors()
+    files = {}
+    for part, tensors in (("model", model), ("state", state)):
+        plain = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
+        content = safetensors.save(plain)
+        digest = hashlib.sha256(content).hexdigest()
+        file = directory / f"{name}-{digest[:16]}.{part}.safetensors"
+        if not file.exists():
+            write_atomically(file, content)
+        files[part] = {"name": file.name, "sha256": digest}
+    path = directory / f"{name}.json"
+    write_json(path, {"format": FORMAT, "version": VERSION, "files": files, **manifest})
+    current = {entry["name"] for entry in files.values()}
+    for stale in directory.glob(f"{name}-*.safetensors"):
+        if stale.name not in current:
+            stale.unlink()
+    return path
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The manifest that ``path`` means: itself, or a run's ``best.json``, else ``last.json``.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name in ("best.json", "last.json"):
+            if (path / name).is_file():
+                return path / name
+        raise CheckpointError(
+            f"checkpoint: `path` must be a run holding best.json or last.json, got {path}; "
+            "train one first"
+        )
+    if not path.is_file():
+        raise CheckpointError(
+            f"checkpoint: `path` must be a run's directory or a manifest, got {path}, "
+            "which does not exist; check the path"
+        )
+    return path
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read the checkpoint that :func:`find_checkpoint` finds, verifying its hashes.
+
+    Raises:
+        CheckpointError: missing, damaged, or not a checkpoint of this package.
+        RuntimeError: the package ``safetensors`` is not installed.
+    """
+    safetensors = _safetensors()
+    path = find_checkpoint(path)
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _broken(path, "JSON", f"{error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise _broken(path, f"a manifest of format {FORMAT!r}", "another kind of file")
+    if manifest.get("version") != VERSION:
+        raise _broken(path, f"of version {VERSION}", f"version {manifest.get('version')!r}")
+    parts = {}
+    for part in ("model", "state"):
+        entry = manifest["files"][part]
+        file = path.with_name(Path(entry["name"]).name)
+        if not file.is_file():
+            raise _broken(file, f"the {part} tensors that {path.name} names", "no such file")
+        content = file.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != entry["sha256"]:
+            raise _broken(file, f"of SHA-256 {entry['sha256'][:16]}…", f"{digest[:16]}…")
+        parts[part] = safetensors.load(content)
+    return Checkpoint(path, parts["model"], parts["state"], manifest)
+
+
+def _broken(path: Path, expected: str, got: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint: `{path}` must be {expected}, got {got}; "
+        "restore the file or use another checkpoint"
+    )
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise RuntimeError(
+            "checkpoint: `safetensors` must be installed to read or write checkpoints, "
+            "got an ImportError; do pip install safetensors"
+        ) from error
+    return safetensors.torch

@@ -1,0 +1,344 @@
+"""What a training run is: plain dataclasses, checked when they are made.
+
+The defaults are the published recipe (Adam 1e-4, batch 50, 5000 epochs, StepLR(2500, 0.5),
+5 + 5 layers of width 64, T = 8 irregular times up to 3000 frames).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gfnode_fast.data.readers import Format
+
+SAMPLE_PREFIX = "sample:"
+
+# Where a run writes, when it stops and what it reports: changing these cannot change a number.
+CHANGEABLE_ON_RESUME = ("output", "max_steps", "max_seconds", "checkpoint_every", "tensorboard")
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot be used; the message names the field."""
+
+
+def _must(condition: bool, name: str, expected: str, got: object, advice: str) -> None:
+    if not condition:
+        raise ConfigError(f"config: `{name}` must be {expected}, got {got!r}; {advice}")
+
+
+def _positive_int(name: str, value: object, *, minimum: int = 1) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    _must(ok, name, f"an integer >= {minimum}", value, "give a whole number")
+
+
+def _positive(name: str, value: object, *, zero: bool = False) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = ok and (value > 0 or (zero and value == 0))  # type: ignore[operator]
+    _must(ok, name, "a finite number " + (">= 0" if zero else "> 0"), value, "give a number")
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    _must(value in allowed, name, "one of " + ", ".join(allowed), value, "choose one of them")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The trajectory and the windows drawn from it.
+
+    Attributes:
+        trajectory: a file that ``gfnode_fast.data.load_trajectory`` reads, or ``sample:aspirin``
+            / ``sample:ethanol`` for the shipped GFN2-xTB runs.
+        dt_fs: time between frames in fs when the file does not say (or says it wrongly).
+        topology: topology file for DCD/XTC/H5 trajectories.
+        format: reader to use when the file name does not tell.
+        heavy_only: drop hydrogens (as published for MD17; keep them for MD22).
+        bonds: ``covalent`` radii, or the ``published`` 1.6 A rule.
+        rigid_bonds: pairs of atom indices marked ``stick`` in the edge features, or the name of
+            one of the published lists (``aspirin``, ``ethanol`` ...).
+        num_timesteps: T, output times of one window.
+        delta_frame: the longest horizon, frames.
+        sampling: ``irregular`` (T distinct times drawn per window) or ``regular``.
+        split: ``blocks`` (contiguous time blocks with gaps, no leak) or ``published`` (random).
+        train_size, val_size, test_size: windows in each part; null: every start there is.
+        fractions: lengths of the three blocks, in proportion.
+        seed: seed of the windows.
+    """
+
+    trajectory: str = SAMPLE_PREFIX + "aspirin"
+    dt_fs: float | None = None
+    topology: str | None = None
+    format: Format | None = None
+    heavy_only: bool = True
+    bonds: Literal["covalent", "published"] = "covalent"
+    rigid_bonds: list[tuple[int, int]] | str = field(default_factory=list)
+    num_timesteps: int = 8
+    delta_frame: int = 3000
+    sampling: Literal["irregular", "regular"] = "irregular"
+    split: Literal["blocks", "published"] = "blocks"
+    train_size: int | None = 500
+    val_size: int | None = 2000
+    test_size: int | None = 2000
+    fractions: tuple[float, float, float] = (0.6, 0.2, 0.2)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.trajectory, str) and self.trajectory != ""
+        _must(ok, "data.trajectory", "a file or sample:NAME", self.trajectory, "name one")
+        if self.dt_fs is not None:
+            _positive("data.dt_fs", self.dt_fs)
+        _choice("data.bonds", self.bonds, ("covalent", "published"))
+        _choice("data.sampling", self.sampling, ("irregular", "regular"))
+        _choice("data.split", self.split, ("blocks", "published"))
+        for name in ("num_timesteps", "delta_frame", "train_size", "val_size", "test_size"):
+            if getattr(self, name) is not None or not name.endswith("_size"):
+                _positive_int(f"data.{name}", getattr(self, name))
+        _must(
+            len(self.fractions) == 3,
+            "data.fractions",
+            "three numbers",
+            self.fractions,
+            "give those of train, val and test",
+        )
+        for fraction in self.fractions:
+            _positive("data.fractions", fraction)
+        object.__setattr__(self, "fractions", tuple(self.fractions))
+        _positive_int("data.seed", self.seed, minimum=0)
+        _must(
+            self.delta_frame >= self.num_timesteps,
+            "data.delta_frame",
+            f">= data.num_timesteps ({self.num_timesteps})",
+            self.delta_frame,
+            "T distinct times need at least T frames",
+        )
+        if not isinstance(self.rigid_bonds, str):
+            pairs = [tuple(pair) for pair in self.rigid_bonds]
+            good = all(len(p) == 2 and all(isinstance(i, int) and i >= 0 for i in p) for p in pairs)
+            _must(
+                good,
+                "data.rigid_bonds",
+                "pairs of atom indices",
+                self.rigid_bonds,
+                "write [[0, 1], [2, 3]]",
+            )
+            object.__setattr__(self, "rigid_bonds", pairs)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Constructor arguments of :class:`gfnode_fast.FourierMD` that do not follow from the data."""
+
+    n_layers: int = 5
+    hidden_nf: int = 64
+    num_modes: int = 2
+    time_emb_dim: int = 32
+    solver: str = "dopri5"
+    rtol: float = 1e-3
+    atol: float = 1e-4
+    fourier_basis: Literal["graph", "linear"] | None = "graph"
+    no_fourier: bool = False
+    no_ode: bool = False
+    use_vae: bool = False
+    gnn_ablation_mode: str = "EGNN"
+    mode_interaction: Literal["no_interaction", "attention", "concat"] = "no_interaction"
+    time_mode: Literal["none", "concat", "mlp", "posenc", "rope"] = "none"
+    propagate_x: bool = True
+    propagate_h: bool = True
+    norm: bool = False
+    flat: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _positive_int("model.n_layers", self.n_layers)
+        _positive_int("model.hidden_nf", self.hidden_nf)
+        _positive_int("model.num_modes", self.num_modes)
+        _positive_int("model.time_emb_dim", self.time_emb_dim, minimum=4)
+        _positive("model.rtol", self.rtol)
+        _positive("model.atol", self.atol)
+        _choice(
+            "model.gnn_ablation_mode",
+            str(self.gnn_ablation_mode).lower(),
+            ("egnn", "sage", "graphsage", "gcn"),
+        )
+        _choice(
+            "model.mode_interaction",
+            self.mode_interaction,
+            ("no_interaction", "attention", "concat"),
+        )
+        _choice("model.time_mode", self.time_mode, ("none", "concat", "mlp", "posenc", "rope"))
+        if self.no_fourier:
+            _must(
+                self.fourier_basis is None,
+                "model.fourier_basis",
+                "null with model.no_fourier",
+                self.fourier_basis,
+                "set model.fourier_basis to null",
+            )
+        else:
+            _must(
+                self.fourier_basis in ("graph", "linear"),
+                "model.fourier_basis",
+                "graph or linear",
+                self.fourier_basis,
+                "or set model.no_fourier",
+            )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser, schedule and validation.
+
+    Attributes:
+        lr, weight_decay: of Adam.
+        batch_size: windows in a step.
+        epochs: passes over the training windows.
+        lr_step_epochs, lr_gamma: the rate is multiplied by ``lr_gamma`` every so many epochs.
+        kl_weight: weight of the VAE's divergence (without effect unless ``model.use_vae``).
+        validate_every: epochs between validations; the last epoch is always validated.
+        patience: validations without improvement before the run stops early; null: never.
+        seed: of the initial values, the order of the windows and the VAE's noise.
+        dtype: precision of parameters and data.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 1e-15
+    batch_size: int = 50
+    epochs: int = 5000
+    lr_step_epochs: int = 2500
+    lr_gamma: float = 0.5
+    kl_weight: float = 0.01
+    validate_every: int = 5
+    patience: int | None = None
+    seed: int = 0
+    dtype: Literal["float32", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        _positive("optim.lr", self.lr)
+        _positive("optim.weight_decay", self.weight_decay, zero=True)
+        _positive("optim.lr_gamma", self.lr_gamma)
+        _positive("optim.kl_weight", self.kl_weight, zero=True)
+        for name in ("batch_size", "epochs", "lr_step_epochs", "validate_every"):
+            _positive_int(f"optim.{name}", getattr(self, name))
+        if self.patience is not None:
+            _positive_int("optim.patience", self.patience)
+        _positive_int("optim.seed", self.seed, minimum=0)
+        _choice("optim.dtype", self.dtype, ("float32", "float64"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        data, model, optim: what is learned from, by what, and how.
+        output: directory of the run; made if missing.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        log_every: optimiser steps between two readings of the losses. Nothing is read from the
+            device in between.
+        checkpoint_every: epochs between two "last" checkpoints.
+        max_steps: stop, resumable, once this many optimiser steps have been made in all.
+        max_seconds: stop, resumable, after this much wall-clock time in this call.
+        tensorboard: also write TensorBoard event files (needs the package ``tensorboard``).
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    output: str = "runs/gfnode"
+    device: str = "auto"
+    log_every: int = 10
+    checkpoint_every: int = 5
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.output, str) and self.output != ""
+        _must(ok, "output", "a directory", self.output, "name one")
+        device_ok = isinstance(self.device, str) and (
+            self.device in ("auto", "cpu", "cuda")
+            or (self.device.startswith("cuda:") and self.device[5:].isdigit())
+        )
+        _must(device_ok, "device", "auto, cpu, cuda or cuda:N", self.device, "choose one of them")
+        _positive_int("log_every", self.log_every)
+        _positive_int("checkpoint_every", self.checkpoint_every)
+        if self.max_steps is not None:
+            _positive_int("max_steps", self.max_steps)
+        if self.max_seconds is not None:
+            _positive("max_seconds", self.max_seconds)
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as nested plain values (what the checkpoints and config.json hold)."""
+    plain = dataclasses.asdict(config)
+    plain["data"]["fractions"] = list(plain["data"]["fractions"])
+    bonds = plain["data"]["rigid_bonds"]
+    plain["data"]["rigid_bonds"] = bonds if isinstance(bonds, str) else [list(p) for p in bonds]
+    return plain
+
+
+def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """Inverse of :func:`config_to_dict`.
+
+    Raises:
+        ConfigError: an unknown key, a section that is not a mapping, or a bad value.
+    """
+    return _build(TrainConfig, values, "")
+
+
+_Config = typing.TypeVar("_Config")
+
+
+def _build(cls: type[_Config], values: object, prefix: str) -> _Config:
+    section = prefix.rstrip(".") or "config"
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config: `{section}` must be a mapping, got {values!r}; nest its keys")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(
+            f"config: `{prefix}{unknown[0]}` must be one of {', '.join(hints)}, "
+            f"got an unknown key; remove it or correct its name"
+        )
+    kwargs = {}
+    for name, value in values.items():
+        hint = hints[name]
+        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        kwargs[name] = _build(hint, value, f"{prefix}{name}.") if nested else value
+    return cls(**kwargs)
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Fields that differ and that may not change on resume, as ``name: old -> new``."""
+    return [
+        f"{name}: {before!r} -> {after!r}"
+        for (name, before), (_, after) in zip(
+            _flat(config_to_dict(old)), _flat(config_to_dict(new)), strict=True
+        )
+        if before != after and name not in CHANGEABLE_ON_RESUME
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            items += _flat(value, f"{prefix}{name}.")
+        else:
+            items.append((prefix + name, value))
+    return items
+
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "TrainConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "differences",
+]

@@ -1,0 +1,204 @@
+"""Evaluation of a trained model beside simple baselines."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gfnode_fast.data import WindowDataset, Windows
+from gfnode_fast.nn import FourierMD
+from gfnode_fast.training.checkpoint import CheckpointError
+from gfnode_fast.training.geometry import (
+    angle_triples,
+    bond_angles,
+    bond_lengths,
+    bond_pairs,
+    mean_structure,
+    superpose,
+)
+from gfnode_fast.training.metrics import read_metrics
+from gfnode_fast.training.problem import Problem, forked_random_state, load_problem
+from gfnode_fast.training.report import (
+    CONSTANT_VELOCITY,
+    MEAN_STRUCTURE,
+    MODEL,
+    NOTHING_MOVES,
+    PREDICTORS,
+    Distribution,
+    Report,
+    distribution,
+)
+from gfnode_fast.training.trained import TrainedModel, load_model
+
+HORIZON_BINS = 12
+SPLITS = ("train", "val", "test")
+
+
+def evaluate(
+    run: str | Path | TrainedModel,
+    *,
+    trajectory: str | Path | None = None,
+    dt_fs: float | None = None,
+    split: str = "test",
+    batch_size: int | None = None,
+    device: str = "auto",
+) -> Report:
+    """Evaluate a trained model on held-out windows, beside the baselines.
+
+    The baselines: "nothing moves" (the start frame), "x + v t" (the start velocity kept), and
+    "mean structure" (the mean of the training frames, superposed onto the start frame).
+
+    Args:
+        run: a run's directory (its best checkpoint, else its last), a manifest, or a loaded model.
+        trajectory: another trajectory of the same molecule; default: the one trained on. Windows
+            are drawn from it as configured for the training.
+        dt_fs: time between frames, where that file does not say.
+        split: ``train``, ``val`` or ``test``.
+        batch_size: default: that of the training. Within the solver's tolerance the numbers
+            depend on it, since one solve serves the whole batch.
+        device: where to compute, unless ``run`` is a loaded model.
+
+    Raises:
+        ValueError: an unknown split. CheckpointError: missing, damaged, or the training
+            trajectory has changed. GraphMismatchError: another molecule, or an eigenvector basis
+            that is not one of its Laplacian; the stored basis is the one used.
+
+    Deterministic for a given batch size; the VAE's noise comes from the training's seed.
+    """
+    if split not in SPLITS:
+        raise ValueError(
+            f"evaluate: `split` must be one of {', '.join(SPLITS)}, got {split!r}; choose one"
+        )
+    trained = run if isinstance(run, TrainedModel) else load_model(run, device=device)
+    data = trained.config.data
+    if trajectory is not None:
+        data = dataclasses.replace(data, trajectory=str(trajectory), dt_fs=dt_fs, format=None)
+    problem = load_problem(data, stored_graph=trained.graph)
+    if trajectory is None and problem.hashes != trained.data_hashes:
+        changed = [k for k, digest in problem.hashes.items() if digest != trained.data_hashes[k]]
+        raise CheckpointError(
+            f"evaluate: `trajectory` must be what {trained.path} was trained on, got another "
+            f"{' and '.join(changed)} (by hash); restore the file, or name it as `trajectory`"
+        )
+    tally = _Tally(problem, split, trained, batch_size or trained.config.optim.batch_size)
+    lengths, angles = tally.distributions()
+    edges, horizon, count = tally.horizon(data.delta_frame, data.sampling == "regular")
+    return Report(
+        checkpoint=str(trained.path),
+        trajectory=data.trajectory,
+        split=split,
+        num_windows=len(tally.dataset),
+        num_atoms=problem.trajectory.num_atoms,
+        num_timesteps=data.num_timesteps,
+        dt_fs=problem.trajectory.dt_fs,
+        mse={name: float(tally.errors[name].mean()) for name in PREDICTORS},
+        mse_last={name: float(tally.errors[name][:, -1].mean()) for name in PREDICTORS},
+        horizon_fs=edges,
+        horizon_mse=horizon,
+        horizon_count=count,
+        bond_lengths=lengths,
+        bond_angles=angles,
+        history=[
+            (row["step"], row["val_mse"])
+            for row in read_metrics(trained.path.parent)
+            if row["kind"] == "validation"
+        ],
+    )
+
+
+class _Tally:
+    """Runs everything once over a data set and keeps what the report needs.
+
+    ``errors`` holds per predictor the squared error of each window and time, (S, T) on the CPU.
+    """
+
+    def __init__(
+        self, problem: Problem, split: str, trained: TrainedModel, batch_size: int
+    ) -> None:
+        self.problem = problem
+        self.dataset = problem.dataset(split, dtype=trained.dtype, device=trained.device)
+        self.times = problem.windows[split].times
+        mean = mean_structure(_training_frames(problem)).to(trained.device, trained.dtype)
+        frames: dict[str, list[Tensor]] = {"true": [], "predicted": []}
+        errors: dict[str, list[Tensor]] = {name: [] for name in PREDICTORS}
+        with torch.no_grad(), forked_random_state(trained.device):
+            torch.manual_seed(trained.config.optim.seed)
+            for index in torch.arange(len(self.dataset), device=trained.device).split(batch_size):
+                target, predictions = predict_batch(trained.model, self.dataset, index, mean)
+                for name, predicted in predictions.items():
+                    squared = (predicted - target).double().square().mean(dim=(-2, -1))
+                    errors[name].append(squared.cpu())
+                frames["true"].append(target.flatten(0, 1).cpu())
+                frames["predicted"].append(predictions[MODEL].flatten(0, 1).cpu())
+        self.errors = {name: torch.cat(values) for name, values in errors.items()}
+        self.frames = {name: torch.cat(values) for name, values in frames.items()}
+
+    def horizon(
+        self, delta_frame: int, regular: bool
+    ) -> tuple[list[float], dict[str, list[float | None]], list[int]]:
+        """Bin edges (fs), errors and counts; bins are open on the left, ``None`` where empty."""
+        bins = self.times.shape[1] if regular else min(HORIZON_BINS, delta_frame)
+        edges = torch.linspace(0, delta_frame, bins + 1, dtype=torch.float64)
+        place = torch.bucketize(self.times.double().flatten(), edges[1:-1])
+        count = torch.bincount(place, minlength=bins)
+        means = {
+            name: torch.bincount(place, error.flatten(), minlength=bins) / count
+            for name, error in self.errors.items()
+        }
+        errors = {
+            name: [None if math.isnan(value) else value for value in mean.tolist()]
+            for name, mean in means.items()
+        }
+        return (edges * self.problem.trajectory.dt_fs).tolist(), errors, count.tolist()
+
+    def distributions(self) -> tuple[Distribution | None, Distribution | None]:
+        """Bond lengths and angles, predicted against true."""
+        true, predicted = self.frames["true"], self.frames["predicted"]
+        pairs, triples = bond_pairs(self.problem.graph), angle_triples(self.problem.graph)
+        return (
+            distribution(bond_lengths(true, pairs), bond_lengths(predicted, pairs))
+            if len(pairs)
+            else None,
+            distribution(bond_angles(true, triples), bond_angles(predicted, triples))
+            if len(triples)
+            else None,
+        )
+
+
+def predict_batch(
+    model: FourierMD, dataset: WindowDataset, index: Tensor, mean: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Target and predictions of some windows, each (B, T, N, 3).
+
+    Args:
+        model: the model.
+        dataset: the windows.
+        index: (B,) which of them.
+        mean: (N, 3), the mean structure.
+    """
+    batch = dataset.batch(index)
+    size, num_times = batch.timeframes.shape
+    atoms = len(mean)
+
+    def by_window(flat: Tensor) -> Tensor:
+        return flat.view(num_times, size, atoms, 3).transpose(0, 1)
+
+    start, velocity = batch.x.view(size, 1, atoms, 3), batch.v.view(size, 1, atoms, 3)
+    shape = (size, num_times, atoms, 3)
+    return by_window(batch.target), {
+        MODEL: by_window(model(**batch.inputs())[0]),
+        NOTHING_MOVES: start.expand(shape),
+        CONSTANT_VELOCITY: start + velocity * batch.timeframes[:, :, None, None].to(start.dtype),
+        MEAN_STRUCTURE: superpose(mean, start.squeeze(1)).unsqueeze(1).expand(shape),
+    }
+
+
+def _training_frames(problem: Problem) -> Tensor:
+    """(F, N, 3) fp64, the frames that the training windows show."""
+    windows: Windows = problem.windows["train"]
+    rows = torch.cat((windows.start, windows.target.flatten())).unique().cpu().numpy()
+    return torch.from_numpy(problem.trajectory.positions[rows]).double()

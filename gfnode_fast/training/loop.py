@@ -1,0 +1,448 @@
+"""The training loop: exact resume, guarded updates, no host synchronisation between readings."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gfnode_fast.data import WindowDataset
+from gfnode_fast.nn import FourierMD
+from gfnode_fast.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    read_checkpoint,
+    write_checkpoint,
+    write_json,
+)
+from gfnode_fast.training.config import (
+    ConfigError,
+    TrainConfig,
+    config_from_dict,
+    config_to_dict,
+    differences,
+)
+from gfnode_fast.training.metrics import MetricsLog
+from gfnode_fast.training.optimizer import (
+    GuardedAdam,
+    optimizer_groups,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from gfnode_fast.training.problem import (
+    build_model,
+    forked_random_state,
+    graph_from_tensors,
+    graph_to_tensors,
+    load_problem,
+    resolve_device,
+    torch_dtype,
+)
+
+Status = Literal["completed", "early_stopped", "max_steps", "max_seconds", "interrupted"]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient was not finite; the message names the step."""
+
+
+@dataclass(frozen=True)
+class TrainEvent:
+    """What the progress callback gets, at every reading of the losses and every validation.
+
+    Attributes:
+        kind: ``start``, ``train`` (a reading), ``validation`` or ``end``.
+        step, total_steps: optimiser steps made, and to make in all.
+        epoch: passes completed.
+        values: the numbers of the row just written to the metrics, if any.
+    """
+
+    kind: Literal["start", "train", "validation", "end"]
+    step: int
+    total_steps: int
+    epoch: int
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+Callback = Callable[[TrainEvent], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        status: ``completed``, ``early_stopped``, or, resumable, ``max_steps``, ``max_seconds``,
+            ``interrupted``.
+        output: the run's directory.
+        step, epoch: optimiser steps and passes made in all.
+        best_mse, best_epoch: of the best validation, ``None`` before the first.
+        seconds: wall-clock time of this call's training.
+    """
+
+    status: Status
+    output: Path
+    step: int
+    epoch: int
+    best_mse: float | None
+    best_epoch: int | None
+    seconds: float
+
+
+@dataclass
+class _Position:
+    """Where a run stands: everything that counts, and nothing that is a tensor."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    best_mse: float | None = None
+    best_epoch: int | None = None
+    stale: int = 0
+    seconds: float = 0.0
+    rows: int = 0
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, progress: Callback | None = None
+) -> TrainResult:
+    """Train a model; the loss is the mean squared error of the positions over atoms and times.
+
+    SIGINT and SIGTERM (when called from the main thread) end the run after the current step with
+    a "last" checkpoint; a second one is handled as if this function were not there.
+
+    Args:
+        config: the run.
+        resume: go on from ``config.output/last.json``. On the CPU an interrupted and resumed run
+            equals an uninterrupted one bit for bit (same machine, versions and thread count).
+        progress: called with a :class:`TrainEvent`; nothing is printed here.
+
+    Raises:
+        ConfigError: a value that cannot be used; an output directory that already holds a run;
+            on resume, a configuration that differs (``output``, ``max_steps``, ``max_seconds``,
+            ``checkpoint_every`` and ``tensorboard`` may).
+        CheckpointError: on resume, a missing or damaged checkpoint, or changed data.
+        NonFiniteLossError: the loss or its gradient was not finite. The update of that step was
+            left out and no checkpoint has been written since.
+    """
+    output = Path(config.output)
+    if not resume and (output / "last.json").exists():
+        raise ConfigError(
+            f"train: `output` must not hold a run already, got {config.output!r}; "
+            "resume it or choose another directory"
+        )
+    checkpoint = _read_resumable(config) if resume else None
+    device = resolve_device(config.device)
+    with forked_random_state(device), _interruptions() as interrupted:
+        run = _Run(config, device, checkpoint, interrupted, progress)
+        with contextlib.closing(run.metrics):
+            return run.run()
+
+
+def epoch_order(seed: int, epoch: int, num_windows: int) -> Tensor:
+    """The order of the training windows in an epoch: a function of seed and epoch alone."""
+    entropy = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint32)
+    generator = torch.Generator().manual_seed(int(entropy[0]))
+    return torch.randperm(num_windows, generator=generator)
+
+
+@torch.no_grad()
+def mean_squared_errors(
+    model: FourierMD, dataset: WindowDataset, *, batch_size: int, seed: int = 0
+) -> tuple[float, float]:
+    """MSE of the positions over all T times, and at the last time, over all windows of a data set.
+
+    The VAE's noise is drawn from ``seed``; global random state is restored. Read from the device
+    once, at the end.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    with forked_random_state(device):
+        torch.manual_seed(seed)
+        for index in torch.arange(len(dataset), device=device).split(batch_size):
+            batch = dataset.batch(index)
+            predicted = model(**batch.inputs())[0]
+            squared = (predicted - batch.target).double().square()
+            by_time = squared.view(batch.timeframes.shape[1], -1).mean(dim=1)
+            total += len(index) * torch.stack((by_time.mean(), by_time[-1]))
+    model.train(was_training)
+    mse, last = (total / len(dataset)).tolist()
+    return mse, last
+
+
+class _Run:
+    """One call of :func:`train`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        checkpoint: Checkpoint | None,
+        interrupted: threading.Event,
+        progress: Callback | None,
+    ) -> None:
+        self.config, self.device = config, device
+        self.interrupted, self.progress = interrupted, progress
+        self.output = Path(config.output)
+        stored = graph_from_tensors(checkpoint.section("graph")) if checkpoint else None
+        self.problem = load_problem(config.data, stored_graph=stored)
+        dtype = torch_dtype(config)
+        self.train_set = self.problem.dataset("train", dtype=dtype, device=device)
+        self.val_set = self.problem.dataset("val", dtype=dtype, device=device)
+        torch.manual_seed(config.optim.seed)
+        self.model = build_model(config, self.problem.trajectory.num_atoms).to(device, dtype)
+        self.optimizer = GuardedAdam(
+            self.model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay
+        )
+        self.scheduler = torch.optim.lr_scheduler.StepLR(
+            self.optimizer, config.optim.lr_step_epochs, config.optim.lr_gamma
+        )
+        # Loss and gradient norm of the steps since the last reading, by step % log_every.
+        self.readings = torch.zeros(config.log_every, 2, dtype=dtype, device=device)
+        self.position = _Position()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.metrics = MetricsLog(
+            self.output, keep_rows=self.position.rows, tensorboard=config.tensorboard
+        )
+        write_json(self.output / "config.json", config_to_dict(config))
+        self.batches_per_epoch = -(-len(self.train_set) // config.optim.batch_size)
+        self.total_steps = config.optim.epochs * self.batches_per_epoch
+        self.started = time.perf_counter()
+        self.seconds_before = self.position.seconds
+
+    def run(self) -> TrainResult:
+        self._tell("start")
+        if self.position.step == 0:
+            self._save("last")
+        status = self._loop()
+        self._check_readings()
+        self._save("last")
+        self._tell("end")
+        position = self.position
+        return TrainResult(
+            status,
+            self.output,
+            position.step,
+            position.epoch,
+            position.best_mse,
+            position.best_epoch,
+            self._seconds() - self.seconds_before,
+        )
+
+    def _loop(self) -> Status:
+        optim, position = self.config.optim, self.position
+        while position.epoch < optim.epochs and not self._stale():
+            order = epoch_order(optim.seed, position.epoch, len(self.train_set)).to(self.device)
+            batches = order.split(optim.batch_size)
+            while position.batch < len(batches):
+                reason = self._reason_to_stop()
+                if reason is not None:
+                    return reason
+                self._step(batches[position.batch])
+            position.epoch, position.batch = position.epoch + 1, 0
+            self.scheduler.step()
+            if position.epoch % optim.validate_every == 0 or position.epoch == optim.epochs:
+                self._validate()
+            if position.epoch % self.config.checkpoint_every == 0:
+                self._check_readings()
+                self._save("last")
+        return "early_stopped" if self._stale() else "completed"
+
+    def _stale(self) -> bool:
+        patience = self.config.optim.patience
+        return patience is not None and self.position.stale >= patience
+
+    def _reason_to_stop(self) -> Status | None:
+        config = self.config
+        if self.interrupted.is_set():
+            return "interrupted"
+        if config.max_steps is not None and self.position.step >= config.max_steps:
+            return "max_steps"
+        elapsed = time.perf_counter() - self.started
+        if config.max_seconds is not None and elapsed >= config.max_seconds:
+            return "max_seconds"
+        return None
+
+    def _step(self, index: Tensor) -> None:
+        batch = self.train_set.batch(index)
+        try:
+            predicted, _, _, kld = self.model(**batch.inputs())
+        except AssertionError as error:  # torchdiffeq's word for a step size that is 0 or NaN
+            raise NonFiniteLossError(
+                f"train: `loss` must be finite, got a failed ODE solve ({error}) at step "
+                f"{self.position.step + 1}; {self._advice()}"
+            ) from error
+        loss = (predicted - batch.target).square().mean()
+        if self.config.model.use_vae:
+            loss = loss + self.config.optim.kl_weight * kld
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        reading = torch.stack((loss.detach(), norm))
+        self.optimizer.guarded_step(torch.isfinite(reading).all())
+        position = self.position
+        self.readings[position.step % len(self.readings)] = reading
+        position.step, position.batch = position.step + 1, position.batch + 1
+        if position.step % len(self.readings) == 0:
+            self._read()
+
+    def _read(self) -> None:
+        loss, norm = np.mean(self._check_readings(), axis=0)
+        self._record("train", loss=float(loss), grad_norm=float(norm))
+
+    def _check_readings(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Read the steps since the last multiple of ``log_every``; raise at one not finite."""
+        count = self.position.step % len(self.readings)
+        if count == 0 and self.position.step > 0:
+            count = len(self.readings)
+        values = self.readings[:count].double().cpu().numpy()
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        if len(bad):
+            step = self.position.step - count + int(bad[0]) + 1
+            loss, norm = values[bad[0]]
+            raise NonFiniteLossError(
+                f"train: `loss` must be finite, got {loss} (gradient norm {norm}) at step {step}; "
+                f"that update was left out and the run stopped; {self._advice()}"
+            )
+        return values
+
+    def _advice(self) -> str:
+        return (
+            f"lower optim.lr or check the data. The last good checkpoint is "
+            f"{self.output / 'last.json'}"
+        )
+
+    def _validate(self) -> None:
+        self._check_readings()
+        position, optim = self.position, self.config.optim
+        mse, last = mean_squared_errors(
+            self.model, self.val_set, batch_size=optim.batch_size, seed=optim.seed
+        )
+        improved = position.best_mse is None or mse < position.best_mse
+        if improved:
+            position.best_mse, position.best_epoch = mse, position.epoch
+        position.stale = 0 if improved else position.stale + 1
+        self._record("validation", val_mse=mse, val_mse_last=last)
+        if improved:
+            self._save("best")
+
+    def _record(self, kind: Literal["train", "validation"], **values: float) -> None:
+        row = {
+            "kind": kind,
+            "step": self.position.step,
+            "epoch": self.position.epoch,
+            "seconds": round(self._seconds(), 3),
+            "lr": self.scheduler.get_last_lr()[0],
+            **values,
+        }
+        self.metrics.write(row)
+        self._tell(kind, values)
+
+    def _tell(
+        self,
+        kind: Literal["start", "train", "validation", "end"],
+        values: Mapping[str, float] | None = None,
+    ) -> None:
+        if self.progress is not None:
+            position = self.position
+            self.progress(
+                TrainEvent(kind, position.step, self.total_steps, position.epoch, values or {})
+            )
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _save(self, name: Literal["best", "last"]) -> None:
+        self.position.seconds, self.position.rows = self._seconds(), self.metrics.num_rows
+        state = {f"graph.{k}": t for k, t in graph_to_tensors(self.problem.graph).items()}
+        manifest: dict[str, Any] = {
+            "torch": torch.__version__,
+            "config": config_to_dict(self.config),
+            "num_atoms": self.problem.trajectory.num_atoms,
+            "dt_fs": self.problem.trajectory.dt_fs,
+            "data": self.problem.hashes,
+            "position": dataclasses.asdict(self.position),
+        }
+        if name == "last":
+            moments = optimizer_tensors(self.optimizer)
+            state |= {f"optimizer.{k}": t for k, t in moments.items()}
+            state |= {"random.cpu": torch.get_rng_state(), "readings": self.readings}
+            if self.device.type == "cuda":
+                state["random.cuda"] = torch.cuda.get_rng_state(self.device)
+            manifest["optimizer_groups"] = optimizer_groups(self.optimizer)
+            manifest["scheduler"] = self.scheduler.state_dict()
+        write_checkpoint(
+            self.output, name, model=self.model.state_dict(), state=state, manifest=manifest
+        )
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        for part, digest in self.problem.hashes.items():
+            stored = checkpoint.manifest["data"][part]
+            if stored != digest:
+                raise CheckpointError(
+                    f"train: `data` must be what the run was started with, got another {part} "
+                    f"(hash {digest[:16]}… instead of {stored[:16]}…); "
+                    "restore the data or start a new run"
+                )
+        self.model.load_state_dict(checkpoint.model)
+        restore_optimizer(
+            self.optimizer,
+            checkpoint.section("optimizer"),
+            checkpoint.manifest["optimizer_groups"],
+        )
+        self.scheduler.load_state_dict(checkpoint.manifest["scheduler"])
+        self.position = _Position(**checkpoint.manifest["position"])
+        self.readings.copy_(checkpoint.state["readings"])
+        torch.set_rng_state(checkpoint.state["random.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint.state["random.cuda"], self.device)
+
+
+def _read_resumable(config: TrainConfig) -> Checkpoint:
+    checkpoint = read_checkpoint(Path(config.output) / "last.json")
+    changed = differences(config_from_dict(checkpoint.manifest["config"]), config)
+    if changed:
+        raise ConfigError(
+            f"train: `config` must be the one that the run in {config.output} was started with, "
+            f"got changes in {'; '.join(changed)}; undo them or start a new run"
+        )
+    return checkpoint
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[threading.Event]:
+    """An event set by the first SIGINT or SIGTERM; the second gets the previous handler."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in signals}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        event.set()
+        signal.signal(number, previous[signal.Signals(number)])
+
+    for number in signals:
+        signal.signal(number, handle)
+    try:
+        yield event
+    finally:
+        for number in signals:
+            signal.signal(number, previous[number])

@@ -1,0 +1,95 @@
+"""Metrics of a run: ``metrics.jsonl`` and ``metrics.csv``, and TensorBoard if asked.
+
+One row is one reading: of the training losses (``kind`` ``train``) or of a validation
+(``kind`` ``validation``). Rows that do not apply to a column leave it out (JSON) or empty (CSV).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from gfnode_fast.training.checkpoint import write_atomically
+
+COLUMNS = ("kind", "step", "epoch", "seconds", "lr", "loss", "grad_norm", "val_mse", "val_mse_last")
+
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """Appends rows to the two files; every row is flushed when written.
+
+    Args:
+        directory: where the files are.
+        keep_rows: on resume, the rows that the checkpoint knows of; later ones are dropped, since
+            the steps that made them will be made again.
+        tensorboard: also write event files, to ``directory/tensorboard``.
+
+    Raises:
+        RuntimeError: TensorBoard was asked for and is not installed.
+    """
+
+    def __init__(self, directory: Path, *, keep_rows: int = 0, tensorboard: bool = False) -> None:
+        self._events = _summary_writer(directory / "tensorboard") if tensorboard else None
+        rows = read_metrics(directory)[:keep_rows] if keep_rows else []
+        self.num_rows = len(rows)
+        json_path, csv_path = directory / "metrics.jsonl", directory / "metrics.csv"
+        write_atomically(json_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        header = ",".join(COLUMNS) + "\n"
+        write_atomically(csv_path, (header + "".join(_csv_line(row) for row in rows)).encode())
+        self._json = open(json_path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._csv = open(csv_path, "a", encoding="utf-8", newline="")  # noqa: SIM115 (closed by close)
+
+    def write(self, row: Row) -> None:
+        """Append one row; its keys must be among ``COLUMNS``."""
+        unknown = sorted(set(row) - set(COLUMNS))
+        if unknown:
+            raise ValueError(
+                f"metrics: `row` must have keys among {', '.join(COLUMNS)}, got {unknown}; "
+                "add the column"
+            )
+        self._json.write(json.dumps(row) + "\n")
+        self._json.flush()
+        self._csv.write(_csv_line(row))
+        self._csv.flush()
+        self.num_rows += 1
+        if self._events is not None:
+            for name, value in row.items():
+                if name not in ("kind", "step", "epoch"):
+                    self._events.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def close(self) -> None:
+        """Close the files."""
+        self._json.close()
+        self._csv.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(directory: str | Path) -> list[Row]:
+    """The rows of a run's ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    path = Path(directory) / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _csv_line(row: Row) -> str:
+    buffer = io.StringIO()
+    csv.DictWriter(buffer, COLUMNS, restval="", lineterminator="\n").writerow(row)
+    return buffer.getvalue()
+
+
+def _summary_writer(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError(
+            "train: `tensorboard` must be installed to write event files, got an ImportError; "
+            "do pip install 'gfnode-fast[tensorboard]' or set tensorboard to false"
+        ) from error
+    return SummaryWriter(str(directory))

@@ -1,0 +1,55 @@
+"""Adam that can leave out an update without asking the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class GuardedAdam(torch.optim.Adam):
+    """Adam (fused), whose update is skipped on the device where ``found_inf`` is 1.
+
+    ``found_inf`` is the attribute through which torch's gradient scaler skips updates: neither
+    the parameters, nor the moments, nor the step counts change then, and nothing is copied to
+    the host to decide it. ``None`` always updates.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float):
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+
+    def guarded_step(self, ok: Tensor) -> None:
+        """Update where ``ok`` (0-dim bool on the parameters' device) is true."""
+        self.found_inf = (~ok).to(torch.float32)
+        self.step()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as ``index.name`` tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": tensor for i, entry in state.items() for name, tensor in entry.items()}
+
+
+def optimizer_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The optimiser's parameter groups as plain values."""
+    groups: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
+    return groups
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    groups: list[dict[str, Any]],
+) -> None:
+    """Inverse of :func:`optimizer_tensors` and :func:`optimizer_groups`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = tensor
+    # JSON has no tuples, and Adam's betas are one.
+    groups = [{**group, "betas": tuple(group["betas"])} for group in groups]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
