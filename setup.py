@@ -169,6 +169,9 @@ class BuildPy(build_py):
         (package / "_build.json").write_text(json.dumps(record) + "\n")
 
 
+# An environment's own ninja is not on PATH when its Python is called without activating it.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
+
 PLAN = make_plan()
 if PLAN.extension is None:
     say(f"pure-Python package, without the compiled extension: {PLAN.reason}")

@@ -1,0 +1,65 @@
+"""gfnode_fast.info.info(): plain data, and a reason wherever something is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from gfnode_fast import info as info_module
+from gfnode_fast._version import __version__
+from gfnode_fast.info import info
+
+
+def test_info_survives_json() -> None:
+    described = info()
+    assert json.loads(json.dumps(described)) == described
+
+
+def test_versions() -> None:
+    described = info()
+    assert described["version"] == __version__
+    assert described["packages"]["torch"] == torch.__version__
+    assert described["packages"]["torchdiffeq"]
+
+
+def test_whatever_is_absent_has_a_reason() -> None:
+    described = info()
+    entries = [
+        described["devices"]["cuda"],
+        described["extension"],
+        *described["backends"].values(),
+    ]
+    for entry in entries:
+        assert entry["available"] == (entry["why_not"] is None)
+
+
+def test_reference_backend_is_always_available() -> None:
+    assert info()["backends"]["reference"] == {"available": True, "why_not": None}
+
+
+def test_missing_package_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info_module, "PACKAGES", ("a-package-nobody-installed",))
+    assert info()["packages"] == {"a-package-nobody-installed": None}
+
+
+def test_cuda_build_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cuda = info()["devices"]["cuda"]
+    assert cuda["why_not"] == "torch sees no CUDA device"
+    assert cuda["devices"] == []
+
+
+def test_missing_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "triton is not installed" in info()["backends"]["triton"]["why_not"]
+
+
+@pytest.mark.gpu
+def test_gpu_is_described() -> None:
+    first = info()["devices"]["cuda"]["devices"][0]
+    assert first["name"] == torch.cuda.get_device_name(0)
+    assert first["memory_bytes"] > 0
