@@ -6,6 +6,7 @@ from gfnode_fast.data.graph import PUBLISHED_RIGID_BONDS, MolecularGraph, build_
 from gfnode_fast.data.inspection import Inspection, inspect_trajectory
 from gfnode_fast.data.readers import load_trajectory
 from gfnode_fast.data.sample import load_sample
+from gfnode_fast.data.simulation import SimulationError, SimulationReport, simulate
 from gfnode_fast.data.splits import load_windows, save_windows
 from gfnode_fast.data.trajectory import MissingTimeStepError, Trajectory, TrajectoryError
 from gfnode_fast.data.windows import Windows, draw_windows
@@ -16,6 +17,8 @@ __all__ = [
     "Inspection",
     "MissingTimeStepError",
     "MolecularGraph",
+    "SimulationError",
+    "SimulationReport",
     "Trajectory",
     "TrajectoryError",
     "WindowDataset",
@@ -27,5 +30,6 @@ __all__ = [
     "load_trajectory",
     "load_windows",
     "save_windows",
+    "simulate",
     "write_compact",
 ]

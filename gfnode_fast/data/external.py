@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from gfnode_fast.data.elements import SYMBOLS
 from gfnode_fast.data.npz import MAX_ARRAY_BYTES
+from gfnode_fast.data.require import MissingPackageError, require
 from gfnode_fast.data.trajectory import Array, Trajectory, TrajectoryError, agree_dt
 
 NM_TO_ANGSTROM = 10.0
@@ -28,7 +28,7 @@ def read_ase(path: Path, dt_fs: float | None) -> Trajectory:
     dt is the caller's or ``atoms.info["dt_fs"]``. Energies (eV) and forces (eV/Å) are kept when
     every frame has them.
     """
-    iread = _import("ase.io", "ase", "ase").iread
+    iread = require("ase.io", "load_trajectory", "ase").iread
     positions: list[Array] = []
     energies: list[float] = []
     forces: list[Array] = []
@@ -74,7 +74,7 @@ def read_mdtraj(
 
     mdtraj's HDF5 layout is read with h5py: PyTables would unpickle attributes of the file.
     """
-    mdtraj = _import("mdtraj", "mdtraj", "gfnode-fast[mdtraj]")
+    mdtraj = require("mdtraj", "load_trajectory", "gfnode-fast[mdtraj]")
     hdf5 = path.suffix.lower() in _HDF5_SUFFIXES
     if topology is None and not hdf5:
         raise ValueError(
@@ -128,7 +128,7 @@ def _read_with_topology(
 def _read_hdf5(
     _mdtraj: Any, path: Path, topology: str | os.PathLike[str] | None
 ) -> tuple[Array, Array | None, Array | None, Array | None]:
-    h5py = _import("h5py", "h5py", "gfnode-fast[mdtraj]")
+    h5py = require("h5py", "load_trajectory", "gfnode-fast[mdtraj]")
     with h5py.File(path, "r") as file:
         for key in ("coordinates", "topology"):
             if key not in file and not (key == "topology" and topology is not None):
@@ -154,35 +154,18 @@ def _read_hdf5(
         return np.asarray(coordinates), time, cell, numbers
 
 
-def _import(module: str, package: str, install: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise RuntimeError(
-            f"load_trajectory: `format` needs the package {package}, which cannot be imported "
-            f"({error}); do pip install {install}"
-        ) from error
-
-
 @contextmanager
 def _naming(path: Path, reader: str) -> Iterator[None]:
     """Name the file in whatever a foreign reader raises about its contents."""
     try:
         yield
-    except (TrajectoryError, FileNotFoundError, RuntimeError, MemoryError) as error:
-        # h5py and mdtraj raise bare RuntimeErrors for damage; ours name a missing package.
-        if isinstance(error, RuntimeError) and not str(error).startswith("load_trajectory:"):
-            raise _unreadable(path, reader, error) from error
+    except (TrajectoryError, FileNotFoundError, MissingPackageError, MemoryError):
         raise
     except Exception as error:
-        raise _unreadable(path, reader, error) from error
-
-
-def _unreadable(path: Path, reader: str, error: Exception) -> TrajectoryError:
-    return TrajectoryError(
-        f"{path}: must be a trajectory that {reader} reads, but it is damaged, truncated or "
-        f"another kind ({type(error).__name__}: {error})"
-    )
+        raise TrajectoryError(
+            f"{path}: must be a trajectory that {reader} reads, but it is damaged, truncated or "
+            f"another kind ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _refuse_large(path: Path, shape: tuple[int, ...], itemsize: int) -> None:

@@ -112,13 +112,8 @@ def build_graph(
         )
     positions, numbers = _checked_frame(positions, numbers)
     num_atoms = len(numbers)
-    distance = _distances(positions)
-    if bonds == "published":
-        cutoff: Array = np.asarray(PUBLISHED_BOND_LENGTH)
-    else:
-        radii = covalent_radii(numbers)
-        cutoff = COVALENT_FACTOR * (radii[:, None] + radii[None, :])
-    bonded = (distance < cutoff) & ~np.eye(num_atoms, dtype=bool)
+    _refuse_coinciding(positions)
+    bonded = bonded_pairs(positions, numbers, bonds=bonds)
     # A product of float matrices is exact for these small counts, and BLAS makes it fast.
     two_steps = bonded.astype(np.float32) @ bonded.astype(np.float32)
     hops = np.where(bonded, 1, np.where(two_steps > 0, 2, 0))
@@ -168,20 +163,46 @@ def _checked_frame(positions: Array, numbers: Array) -> tuple[Array, Array]:
     return positions.astype(np.float64), numbers.astype(np.int64)
 
 
+def bonded_pairs(
+    positions: Array,
+    numbers: Array,
+    *,
+    bonds: Bonds = "covalent",
+    factor: float = COVALENT_FACTOR,
+) -> Array:
+    """Return which pairs are bonded, (N, N) bool, symmetric; arguments as `build_graph`.
+
+    `factor` replaces the 1.25 of the covalent rule.
+    """
+    if bonds == "published":
+        cutoff: Array = np.asarray(PUBLISHED_BOND_LENGTH)
+    else:
+        radii = covalent_radii(numbers)
+        cutoff = factor * (radii[:, None] + radii[None, :])
+    bonded: Array = _distances(positions) < cutoff
+    np.fill_diagonal(bonded, False)
+    return bonded
+
+
 def _distances(positions: Array) -> Array:
-    """Distances of all pairs, (N, N); `positions` (N, 3) float64."""
+    """Distances of all pairs, (N, N) float64."""
     square = np.zeros((len(positions), len(positions)))
     for axis in range(3):
-        square += np.subtract.outer(positions[:, axis], positions[:, axis]) ** 2
+        coordinate = positions[:, axis].astype(np.float64)
+        square += np.subtract.outer(coordinate, coordinate) ** 2
     distance: Array = np.sqrt(square)
-    closest = distance + np.diag(np.full(len(positions), np.inf))
-    if closest.min() < 1e-3:
-        i, j = np.unravel_index(np.argmin(closest), closest.shape)
+    return distance
+
+
+def _refuse_coinciding(positions: Array) -> None:
+    distance = _distances(positions)
+    np.fill_diagonal(distance, np.inf)
+    if distance.min() < 1e-3:
+        i, j = np.unravel_index(np.argmin(distance), distance.shape)
         raise ValueError(
             f"build_graph: `positions` must be of distinct atoms, got atoms {i} and {j} at the "
             "same place; check the unit (Å) and the frame"
         )
-    return distance
 
 
 def _stick(hops: Array, rigid_bonds: Sequence[tuple[int, int]]) -> Array:

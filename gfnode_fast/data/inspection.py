@@ -26,7 +26,7 @@ class Inspection:
 
     keys : arrays of an npz file with dtype and shape; empty for other formats.
     dt_fs, duration_ps : None when the file does not say its time step.
-    consecutive : whether no frame is missing; missing_frames : how many are, between first and last.
+    consecutive : whether no frame is missing between first and last; missing_frames : how many.
     shuffled : whether the rows of the file were out of order (they are sorted on reading).
     unit_guess : "Å", "nm" or "bohr", from the shortest distances, or "unknown".
     extent : largest coordinate's distance from the origin, Å.
