@@ -66,6 +66,8 @@ class DataConfig:
         train_size, val_size, test_size: windows in each part; null: every start there is.
         fractions: lengths of the three blocks, in proportion.
         seed: seed of the windows.
+        split_file: windows written by ``gfnode_fast.data.save_windows`` (every run writes its own
+            to ``windows.json``), used in place of drawing them.
     """
 
     trajectory: str = SAMPLE_PREFIX + "aspirin"
@@ -84,6 +86,7 @@ class DataConfig:
     test_size: int | None = 2000
     fractions: tuple[float, float, float] = (0.6, 0.2, 0.2)
     seed: int = 0
+    split_file: str | None = None
 
     def __post_init__(self) -> None:
         ok = isinstance(self.trajectory, str) and self.trajectory != ""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gfnode_fast.data import WindowDataset
+from gfnode_fast.data import WindowDataset, save_windows
 from gfnode_fast.nn import FourierMD
 from gfnode_fast.training.checkpoint import (
     Checkpoint,
@@ -220,6 +220,12 @@ class _Run:
             self.output, keep_rows=self.position.rows, tensorboard=config.tensorboard
         )
         write_json(self.output / "config.json", config_to_dict(config))
+        save_windows(
+            self.output / "windows.json",
+            self.problem.windows,
+            self.problem.trajectory,
+            options=config_to_dict(config)["data"],
+        )
         self.batches_per_epoch = -(-len(self.train_set) // config.optim.batch_size)
         self.total_steps = config.optim.epochs * self.batches_per_epoch
         self.started = time.perf_counter()

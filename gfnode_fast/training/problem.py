@@ -21,6 +21,7 @@ from gfnode_fast.data import (
     draw_windows,
     load_sample,
     load_trajectory,
+    load_windows,
 )
 from gfnode_fast.nn import FourierMD
 from gfnode_fast.training.config import SAMPLE_PREFIX, ConfigError, DataConfig, TrainConfig
@@ -101,18 +102,33 @@ def load_problem(data: DataConfig, *, stored_graph: MolecularGraph | None = None
     if stored_graph is not None:
         check_graph(stored_graph, graph)
         graph = stored_graph
-    windows = draw_windows(
-        trajectory,
-        num_timesteps=data.num_timesteps,
-        delta_frame=data.delta_frame,
-        sampling=data.sampling,
-        split=data.split,
-        sizes=(data.train_size, data.val_size, data.test_size),
-        fractions=data.fractions,
-        seed=data.seed,
-    )
+    windows = _windows(trajectory, data)
     hashes = {"trajectory": trajectory.content_hash(), "windows": _hash_windows(windows)}
     return Problem(trajectory, graph, windows, hashes)
+
+
+def _windows(trajectory: Trajectory, data: DataConfig) -> dict[str, Windows]:
+    if data.split_file is None:
+        return draw_windows(
+            trajectory,
+            num_timesteps=data.num_timesteps,
+            delta_frame=data.delta_frame,
+            sampling=data.sampling,
+            split=data.split,
+            sizes=(data.train_size, data.val_size, data.test_size),
+            fractions=data.fractions,
+            seed=data.seed,
+        )
+    windows = load_windows(data.split_file, trajectory)
+    for name, part in windows.items():
+        if part.num_timesteps != data.num_timesteps or int(part.times.max()) > data.delta_frame:
+            raise ConfigError(
+                f"config: `data.split_file` must have windows of {data.num_timesteps} times up to "
+                f"{data.delta_frame} frames, got {part.num_timesteps} up to "
+                f"{int(part.times.max())} in the {name} part of {data.split_file}; set "
+                "data.num_timesteps and data.delta_frame to its values"
+            )
+    return windows
 
 
 def build_model(config: TrainConfig, num_atoms: int, *, backend: str | None = None) -> FourierMD:
