@@ -1,6 +1,8 @@
 """GF-NODE (Graph Fourier Neural ODEs, arXiv 2411.01600) at hardware speed."""
 
 from gfnode_fast import reference
+from gfnode_fast._version import __version__
+from gfnode_fast.info import info
 from gfnode_fast.nn import FourierMD
 
-__all__ = ["FourierMD", "reference"]
+__all__ = ["FourierMD", "__version__", "info", "reference"]
