@@ -111,7 +111,7 @@ def test_saving_is_deterministic_and_leaves_no_temporary_files(tmp_path):
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as stream:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as stream:
         stream.write(b"new")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old"
