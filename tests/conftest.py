@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+# For `benchmarks`, which is not installed; last, so that an installed gfnode_fast still wins.
+sys.path.append(str(Path(__file__).parents[1]))
 
 REQUIRE_GPU = os.environ.get("GFNODE_REQUIRE_GPU", "0") == "1"
 
