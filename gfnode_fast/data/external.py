@@ -88,6 +88,10 @@ def read_mdtraj(
         )
     numbers: Array | None = None
     if topology is not None:
+        if not Path(topology).is_file():
+            raise FileNotFoundError(
+                f"load_trajectory: `topology` must be an existing file, got {topology}"
+            )
         with _naming(Path(topology), "mdtraj"):
             atoms = list(mdtraj.load_topology(str(topology)).atoms)
         numbers = _atomic_numbers(Path(topology), [atom.element for atom in atoms])

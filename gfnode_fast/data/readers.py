@@ -12,7 +12,7 @@ import numpy as np
 from gfnode_fast.data.compact import COMPACT_KEYS, decode_compact
 from gfnode_fast.data.external import read_ase, read_mdtraj
 from gfnode_fast.data.npz import read_arrays, read_headers, read_metadata
-from gfnode_fast.data.trajectory import Array, Trajectory, TrajectoryError, agree_dt
+from gfnode_fast.data.trajectory import Array, Trajectory, TrajectoryError, agree_dt, checked_dt
 
 Format = Literal["native", "compact", "md17", "rmd17", "md22", "sparse", "ase", "mdtraj"]
 
@@ -78,6 +78,8 @@ def load_trajectory(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load_trajectory: `path` must be an existing file, got {path}")
+    if dt_fs is not None:
+        dt_fs = checked_dt(dt_fs)
     if format is not None and format not in get_args(Format):
         raise ValueError(
             f"load_trajectory: `format` must be one of {', '.join(get_args(Format))}, got "

@@ -76,7 +76,7 @@ class Trajectory:
         for name in ("numbers", "frames", "start_rows"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _integers(name, getattr(self, name)))
-        object.__setattr__(self, "dt_fs", _positive_dt(self.dt_fs))
+        object.__setattr__(self, "dt_fs", checked_dt(self.dt_fs))
         if self.numbers.shape != (num_atoms,):
             raise TrajectoryError(
                 f"Trajectory: `numbers` must have shape ({num_atoms},), one entry per atom of "
@@ -249,8 +249,6 @@ class Trajectory:
 
 def agree_dt(path: Path, given: float | None, found: float | None) -> float:
     """Return the caller's dt or the file's; one must be there, and both must agree."""
-    if given is not None:
-        given = _positive_dt(given)
     if given is None and found is None:
         raise MissingTimeStepError(
             f"load_trajectory: `dt_fs` must be given, because {path} does not say the time "
@@ -266,7 +264,8 @@ def agree_dt(path: Path, given: float | None, found: float | None) -> float:
     return float(given)
 
 
-def _positive_dt(dt_fs: object) -> float:
+def checked_dt(dt_fs: object) -> float:
+    """Return a time step as a float; TypeError or TrajectoryError when it is not a positive one."""
     if isinstance(dt_fs, bool) or not isinstance(dt_fs, (int, float, np.integer, np.floating)):
         raise TypeError(f"Trajectory: `dt_fs` must be a number, got {type(dt_fs).__name__}")
     if not (np.isfinite(dt_fs) and dt_fs > 0):
