@@ -262,6 +262,6 @@ def test_isolated_atoms_and_no_edges() -> None:
 def test_backend_is_chosen_once_and_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="gfnode_fast"):
         model = gfnode_fast.FourierMD(**constructor())
-    assert model.backend == "reference"
+    assert model.backend == "torch"
     assert model.backend_reason in caplog.text
     assert gfnode_fast.FourierMD(**constructor(), backend="reference").backend_reason == "requested"

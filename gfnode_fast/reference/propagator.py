@@ -33,6 +33,7 @@ class ModeRHS(nn.Module):
         super().__init__()
         width = channels + (0 if time_mode == "none" else time_width)
         self.mode_interaction = mode_interaction
+        self.time_mode = time_mode
         self.time_embedding = (
             None if time_mode == "none" else SolverTimeEmbedding(time_mode, time_width)
         )
@@ -106,7 +107,7 @@ class ModeODE(nn.Module):
         num_times = s.shape[1]
         state = y0.reshape(num_modes, batch * components, channels)
         if self.no_ode:
-            y = self.ode_func(None, state).view_as(y0).transpose(0, 1)
+            y: Tensor = self.ode_func(None, state).view_as(y0).transpose(0, 1)
             return y.expand(num_times, *y.shape)
         union, position = torch.unique(s, sorted=True, return_inverse=True)
         times = torch.cat((union.new_zeros(1), union))
@@ -133,15 +134,25 @@ class Propagator(nn.Module):
         self.t_conv = t_conv
 
     def forward(self, signal: Tensor, s: Tensor, eigvecs: Tensor | None) -> Tensor:
-        y: Tensor
+        modes = self.t_conv(self.transform(signal, eigvecs), s)
+        return self.transform_back(modes, signal.shape[1], eigvecs)
+
+    def transform(self, signal: Tensor, eigvecs: Tensor | None) -> Tensor:
+        """(B, N, D, C) → (M, B, D, C)."""
         if self.basis is None:
-            y = self.t_conv(signal.transpose(0, 1), s)
-            return y
+            return signal.transpose(0, 1)
         if self.basis == "linear":
-            spectrum = torch.fft.rfft(signal, dim=1)[:, : self.num_modes]
-            y = self.t_conv(spectrum.transpose(0, 1), s)
-            return torch.fft.irfft(y, n=signal.shape[1], dim=2)
+            spectrum: Tensor = torch.fft.rfft(signal, dim=1)
+            return spectrum[:, : self.num_modes].transpose(0, 1)
         assert eigvecs is not None
-        spectrum = torch.einsum("bnm,bndc->mbdc", eigvecs, signal)[: self.num_modes]
-        y = self.t_conv(spectrum, s)
-        return torch.einsum("bnm,tbmdc->tbndc", eigvecs[:, :, : self.num_modes], y)
+        return torch.einsum("bnm,bndc->mbdc", eigvecs, signal)[: self.num_modes]
+
+    def transform_back(self, modes: Tensor, num_atoms: int, eigvecs: Tensor | None) -> Tensor:
+        """(T, B, M, D, C) → (T, B, N, D, C)."""
+        if self.basis is None:
+            return modes
+        if self.basis == "linear":
+            signal: Tensor = torch.fft.irfft(modes, n=num_atoms, dim=2)
+            return signal
+        assert eigvecs is not None
+        return torch.einsum("bnm,tbmdc->tbndc", eigvecs[:, :, : self.num_modes], modes)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 FRAME_PERIOD = 10_000
@@ -49,17 +50,16 @@ class SolverTimeEmbedding:
         self.mode = mode
         self.width = width
 
-    def __call__(self, s: Tensor, time_mlp: nn.Module | None) -> Tensor:
-        """Embed a 0-dim `s`; returns (width,)."""
-        s = s.reshape(1)  # with a 0-dim s the angles would be float32 in a float64 model
+    def __call__(self, s: Tensor, time_mlp: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Embed times `s`, 0-dim or (n,); returns (n, width), n = 1 for a 0-dim one."""
+        s = s.reshape(-1, 1)  # with a 0-dim s the angles would be float32 in a float64 model
         if self.mode == "concat":
-            return s.expand(self.width)
+            return s.expand(-1, self.width)
         if self.mode == "mlp":
             assert time_mlp is not None
-            embedding: Tensor = time_mlp(s)
-            return embedding
+            return time_mlp(s)
         angle = POSENC_PERIOD * s * _frequencies(self.width // 2, POSENC_PERIOD, s.device)
         if self.mode == "posenc":
             return _sin_cos(angle, self.width)
         # rope: cos at even, sin at odd positions, stored in float32 as published
-        return torch.stack((angle.cos(), angle.sin()), dim=-1).flatten().float()
+        return torch.stack((angle.cos(), angle.sin()), dim=-1).flatten(1).float()
