@@ -1,5 +1,6 @@
 """Training, evaluation and prediction: ``train``, ``evaluate``, ``predict``."""
 
+from gfnode_fast.training.agreement import Agreement, check_checkpoint
 from gfnode_fast.training.checkpoint import CheckpointError
 from gfnode_fast.training.config import (
     ConfigError,
@@ -10,19 +11,27 @@ from gfnode_fast.training.config import (
     config_from_dict,
     config_to_dict,
 )
+from gfnode_fast.training.demo import DemoResult, run_demo
 from gfnode_fast.training.evaluation import evaluate
+from gfnode_fast.training.extxyz import write_extxyz
 from gfnode_fast.training.figure import save_figure
 from gfnode_fast.training.loop import NonFiniteLossError, TrainEvent, TrainResult, train
 from gfnode_fast.training.metrics import read_metrics
-from gfnode_fast.training.prediction import predict, write_extxyz
+from gfnode_fast.training.prediction import (
+    TrajectoryPrediction,
+    predict,
+    predict_from_trajectory,
+)
 from gfnode_fast.training.problem import GraphMismatchError
 from gfnode_fast.training.report import Distribution, Report, read_report
 from gfnode_fast.training.trained import TrainedModel, load_model
 
 __all__ = [
+    "Agreement",
     "CheckpointError",
     "ConfigError",
     "DataConfig",
+    "DemoResult",
     "Distribution",
     "GraphMismatchError",
     "ModelConfig",
@@ -33,13 +42,17 @@ __all__ = [
     "TrainEvent",
     "TrainResult",
     "TrainedModel",
+    "TrajectoryPrediction",
+    "check_checkpoint",
     "config_from_dict",
     "config_to_dict",
     "evaluate",
     "load_model",
     "predict",
+    "predict_from_trajectory",
     "read_metrics",
     "read_report",
+    "run_demo",
     "save_figure",
     "train",
     "write_extxyz",

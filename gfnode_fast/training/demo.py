@@ -21,19 +21,19 @@ class DemoResult:
 
     Attributes:
         training: how the training ended.
-        report: of the held-out test block.
+        report: of the held-out test block; ``None`` if the training was interrupted.
         report_path, figure_path: where the report is, as JSON and PNG.
     """
 
     training: TrainResult
-    report: Report
+    report: Report | None
     report_path: Path
     figure_path: Path
 
     @property
     def passed(self) -> bool:
         """Whether the error is far enough below that of "nothing moves"."""
-        return self.report.improvement >= REQUIRED_IMPROVEMENT
+        return self.report is not None and self.report.improvement >= REQUIRED_IMPROVEMENT
 
 
 def demo_config(output: str) -> TrainConfig:
@@ -63,9 +63,10 @@ def run_demo(output: str | Path, *, progress: Callback | None = None) -> DemoRes
     """
     config = demo_config(str(output))
     training = train(config, progress=progress)
+    report_path, figure_path = training.output / "report.json", training.output / "report.png"
+    if training.status == "interrupted":
+        return DemoResult(training, None, report_path, figure_path)
     report = evaluate(training.output, device=config.device)
-    report_path = training.output / "report.json"
-    figure_path = training.output / "report.png"
     report.save(report_path)
     save_figure(report, figure_path)
     return DemoResult(training, report, report_path, figure_path)

@@ -1,9 +1,9 @@
-"""Predictions at any list of times from any start frames, and their extxyz files."""
+"""Predictions at any list of times from any start frames."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.data import Trajectory, WindowDataset, Windows
-from gfnode_fast.training.checkpoint import write_atomically
 from gfnode_fast.training.problem import forked_random_state
 from gfnode_fast.training.trained import TrainedModel, load_model
 
@@ -172,48 +171,63 @@ def _array(values: Any) -> Array:
     return np.asarray(values, dtype=np.float64)
 
 
-def write_extxyz(
-    path: str | Path, positions: Array, numbers: Array, *, infos: Sequence[dict[str, object]]
-) -> None:
-    """Write frames as extended XYZ (opens in ASE and OVITO), atomically.
+@dataclass(frozen=True)
+class TrajectoryPrediction:
+    """Predictions from frames of a trajectory.
+
+    Attributes:
+        starts: (S,) frame numbers started from.
+        times: (L,) frames after the start.
+        positions: (S, L, N, 3), predicted, A.
+        true: (S, L, N, 3), NaN where the trajectory does not have the frame.
+        known: (S, L), whether it has.
+    """
+
+    starts: Array
+    times: Array
+    positions: Array
+    true: Array
+    known: Array
+
+
+def predict_from_trajectory(
+    model: TrainedModel | str | Path,
+    trajectory: Trajectory,
+    starts: Sequence[int] | Array,
+    times: Sequence[int] | Array,
+) -> TrajectoryPrediction:
+    """Predict from frames of a trajectory, with the true frames beside where it has them.
 
     Args:
-        path: the file.
-        positions: (F, N, 3), A.
-        numbers: (N,) atomic numbers.
-        infos: F dictionaries, the key=value pairs of each frame's comment line.
+        model: a loaded model, or what :func:`load_model` takes.
+        trajectory: of the molecule of the training.
+        starts: frame numbers that have a velocity in the trajectory.
+        times: frames after each start, as for :func:`predict`.
 
     Raises:
-        ValueError: the three do not fit together.
+        ValueError: as :func:`predict`; another molecule; a start that the trajectory does not have
+            or has no velocity for.
     """
-    positions = np.asarray(positions)
-    if positions.ndim != 3 or positions.shape[1:] != (len(numbers), 3):
+    trained = model if isinstance(model, TrainedModel) else load_model(model)
+    if trajectory.numbers.tolist() != trained.graph.numbers.tolist():
         raise ValueError(
-            f"write_extxyz: `positions` must have shape (F, {len(numbers)}, 3), "
-            f"got {positions.shape}; give one row per atom"
+            f"predict: `trajectory` must be of the model's atoms {trained.graph.numbers.tolist()}, "
+            f"got {trajectory.numbers.tolist()}; use its molecule and atom order"
         )
-    if len(infos) != len(positions):
+    wanted = np.asarray(starts, dtype=np.int64)
+    usable = trajectory.frames[trajectory.starts()]
+    bad = wanted[~np.isin(wanted, usable)]
+    if len(bad) or wanted.ndim != 1 or len(wanted) == 0:
         raise ValueError(
-            f"write_extxyz: `infos` must have one entry for each of {len(positions)} frames, "
-            f"got {len(infos)}; give them"
+            f"predict: `starts` must be frame numbers with a velocity, got "
+            f"{bad[0] if len(bad) else starts}; the first such frame is "
+            f"{usable[0] if len(usable) else 'missing'}"
         )
-    symbols = _symbols(numbers)
-    lines = []
-    for frame, info in zip(positions, infos, strict=True):
-        pairs = " ".join(f"{key}={_quoted(value)}" for key, value in info.items())
-        lines += [str(len(symbols)), f'Properties=species:S:1:pos:R:3 pbc="F F F" {pairs}'.rstrip()]
-        lines += [
-            f"{symbol:<2} {x:15.8f} {y:15.8f} {z:15.8f}"
-            for symbol, (x, y, z) in zip(symbols, frame.tolist(), strict=True)
-        ]
-    write_atomically(Path(path), ("\n".join(lines) + "\n").encode())
-
-
-def _quoted(value: object) -> str:
-    return json.dumps(value) if isinstance(value, str) else str(value)
-
-
-def _symbols(numbers: Array) -> list[str]:
-    from ase.data import chemical_symbols
-
-    return [chemical_symbols[int(number)] for number in numbers]
+    frames = _checked_times(trained, times)
+    rows = np.searchsorted(trajectory.frames, wanted)
+    positions = predict(trained, trajectory.positions[rows], trajectory.velocities(rows), frames)
+    ahead = wanted[:, None] + frames
+    place = np.minimum(np.searchsorted(trajectory.frames, ahead), trajectory.num_frames - 1)
+    known = trajectory.frames[place] == ahead
+    true = np.where(known[..., None, None], trajectory.positions[place].astype(np.float64), np.nan)
+    return TrajectoryPrediction(wanted, frames, positions, true, known)

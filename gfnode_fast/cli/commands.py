@@ -1,0 +1,326 @@
+"""What each subcommand does. Each returns an exit code; the signatures are the options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from gfnode_fast.cli import console
+from gfnode_fast.data import inspect_trajectory, simulate
+from gfnode_fast.data.readers import Format
+from gfnode_fast.info import info as describe_installation
+from gfnode_fast.training import (
+    ConfigError,
+    TrainConfig,
+    check_checkpoint,
+    evaluate,
+    load_model,
+    predict_from_trajectory,
+    run_demo,
+    save_figure,
+    train,
+    write_extxyz,
+)
+from gfnode_fast.training.config import DataConfig
+from gfnode_fast.training.demo import REQUIRED_IMPROVEMENT
+from gfnode_fast.training.problem import load_problem, read_trajectory
+
+OK, FAILED, INTERRUPTED = 0, 1, 130
+
+
+def demo_command(output: str = "runs/demo") -> int:
+    """Train a small model on the shipped aspirin trajectory for about two minutes.
+
+    Args:
+        output: directory of the run; a number is added if it exists.
+    """
+    directory = _new_directory(Path(output))
+    console.say("GF-NODE on a GFN2-xTB trajectory of aspirin, heavy atoms, about two minutes")
+    with console.training_progress() as progress:
+        result = run_demo(directory, progress=progress)
+    console.say_training(result.training)
+    if result.report is None:
+        return INTERRUPTED
+    console.say_report(result.report)
+    console.say(f"report: {result.figure_path} and {result.report_path}")
+    console.say(f"more:   gfnode-fast predict {directory} --output predicted.extxyz")
+    improvement = result.report.improvement
+    verdict = f"{improvement:.1%} below 'nothing moves' on a held-out block of time"
+    if not result.passed:
+        console.complain(f"demo: failed: {verdict}, needed {REQUIRED_IMPROVEMENT:.0%}")
+        return FAILED
+    console.say(f"passed: {verdict}")
+    return OK
+
+
+def train_command(config: TrainConfig, resume: bool) -> int:
+    """Train a model."""
+    with console.training_progress() as progress:
+        result = train(config, resume=resume, progress=progress)
+    console.say_training(result)
+    return INTERRUPTED if result.status == "interrupted" else OK
+
+
+def evaluate_command(
+    run: str,
+    trajectory: str | None = None,
+    dt_fs: float | None = None,
+    split: Literal["train", "val", "test"] = "test",
+    batch_size: int | None = None,
+    device: str = "auto",
+    output: str | None = None,
+    json: bool = False,
+) -> int:
+    """Evaluate a trained model beside simple baselines; write report.json and report.png.
+
+    Args:
+        run: directory of a run (its best checkpoint, else its last), or best.json or last.json.
+        trajectory: another trajectory of the same molecule.
+        dt_fs: time between its frames, fs, where the file does not say.
+        split: the windows to evaluate on.
+        batch_size: windows at once; default as in training.
+        device: auto, cpu, cuda or cuda:N.
+        output: directory for the report; default: the run's.
+    """
+    report = evaluate(
+        run, trajectory=trajectory, dt_fs=dt_fs, split=split, batch_size=batch_size, device=device
+    )
+    directory = Path(output) if output is not None else Path(report.checkpoint).parent
+    directory.mkdir(parents=True, exist_ok=True)
+    report.save(directory / "report.json")
+    save_figure(report, directory / "report.png")
+    if json:
+        console.say_json(report.to_dict())
+        return OK
+    console.say_report(report)
+    console.say(f"report: {directory / 'report.png'} and {directory / 'report.json'}")
+    return OK
+
+
+def predict_command(
+    run: str,
+    trajectory: str | None = None,
+    dt_fs: float | None = None,
+    start: list[int] | None = None,
+    times: list[int] | None = None,
+    output: str = "predicted.extxyz",
+    device: str = "auto",
+) -> int:
+    """Predict from frames of a trajectory; write extended XYZ, and the true frames beside it.
+
+    Args:
+        run: directory of a run (its best checkpoint, else its last), or best.json or last.json.
+        trajectory: where the start frames are; default: what the model was trained on.
+        dt_fs: time between its frames, fs, where the file does not say.
+        start: frame numbers to start from; default: the first test window's.
+        times: frames after the start; default: as many as the model has, evenly spread.
+        output: the file; the true frames go to NAME_true.extxyz where the trajectory has them.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    path = Path(output)
+    if path.suffix not in (".extxyz", ".xyz"):
+        raise ConfigError(
+            f"predict: `output` must end in .extxyz or .xyz, got {output!r}; rename it"
+        )
+    trained = load_model(run, device=device)
+    data = trained.config.data
+    if trajectory is not None:
+        frames = read_trajectory(DataConfig(trajectory, dt_fs, heavy_only=data.heavy_only))
+        start = start or [int(frames.frames[row]) for row in frames.starts()[:1]]
+    else:
+        problem = load_problem(data, stored_graph=trained.graph)
+        frames = problem.trajectory
+        start = start or [int(frames.frames[problem.windows["test"].start[0]])]
+    if times is None:
+        count = data.num_timesteps
+        times = [k * data.delta_frame // count for k in range(1, count + 1)]
+    found = predict_from_trajectory(trained, frames, start, times)
+    infos = [
+        {"start_frame": int(first), "frame": int(first + ahead), "time_fs": ahead * frames.dt_fs}
+        for first in found.starts
+        for ahead in found.times
+    ]
+    flat = found.positions.reshape(-1, *found.positions.shape[2:])
+    write_extxyz(path, flat, frames.numbers, infos=infos)
+    console.say(f"predicted: {path}, {len(flat)} frames")
+    known = found.known.reshape(-1)
+    if known.any():
+        beside = path.with_name(f"{path.stem}_true{path.suffix}")
+        true = found.true.reshape(flat.shape)[known]
+        kept = [info for info, some in zip(infos, known, strict=True) if some]
+        write_extxyz(beside, true, frames.numbers, infos=kept)
+        console.say(f"true:      {beside}, {len(true)} of them")
+        error = float(((flat[known] - true) ** 2).mean())
+        console.say(f"mean squared error per coordinate over those: {error:.4f} Å²")
+    return OK
+
+
+def inspect_command(
+    file: str,
+    dt_fs: float | None = None,
+    topology: str | None = None,
+    format: Format | None = None,
+    horizon: int = 3000,
+    json: bool = False,
+) -> int:
+    """Print what a trajectory file holds, and whether its frames are consecutive.
+
+    Args:
+        file: the trajectory.
+        dt_fs: time between frames, fs, where the file does not say.
+        topology: for DCD, XTC and H5 files.
+        format: where the file does not tell.
+        horizon: frames ahead for the error of "nothing moves".
+    """
+    found = inspect_trajectory(
+        file, dt_fs=dt_fs, topology=topology, format=format, horizon=horizon
+    ).as_dict()
+    if json:
+        console.say_json(found)
+    else:
+        console.say_nested(found)
+    return OK
+
+
+def simulate_command(
+    smiles: str,
+    frames: int,
+    output: str = "simulated.npz",
+    temperature_K: float = 500.0,
+    step_fs: float = 0.5,
+    stride: int = 1,
+    equilibration: int = 10_000,
+    tau_fs: float = 100.0,
+    seed: int = 0,
+    checkpoint_every: int = 1000,
+) -> int:
+    """Make a trajectory of a small molecule with GFN2-xTB; the same command goes on after a stop.
+
+    Args:
+        smiles: the molecule.
+        frames: frames to record.
+        output: the npz to write.
+        temperature_K: of the thermostat.
+        step_fs: time step.
+        stride: steps between recorded frames.
+        equilibration: steps before the first recorded frame.
+        tau_fs: time constant of the thermostat.
+        seed: of structure, velocities and thermostat.
+        checkpoint_every: steps between checkpoints.
+    """
+    with console.step_progress("step") as show:
+        report = simulate(
+            smiles,
+            frames,
+            output,
+            temperature_K=temperature_K,
+            step_fs=step_fs,
+            stride=stride,
+            equilibration=equilibration,
+            tau_fs=tau_fs,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            progress=lambda done, total: show(done, total, ""),
+        )
+    for warning in report.warnings:
+        console.complain(f"simulate: warning: {warning}")
+    console.say(
+        f"{report.path}: {report.frames} frames at {report.mean_temperature_K:.0f} K "
+        f"(wanted {report.target_temperature_K:.0f} ± {report.temperature_tolerance_K:.0f} K)"
+    )
+    return OK
+
+
+def info_command(json: bool = False) -> int:
+    """Print versions, devices and backends, and why something is not available.
+
+    Args:
+    """
+    values = describe_installation()
+    if json:
+        console.say_json(values)
+    else:
+        console.say_nested(values)
+    return OK
+
+
+def check_command(
+    checkpoint: str,
+    trajectory: str = "sample:aspirin",
+    dt_fs: float | None = None,
+    heavy_only: bool = True,
+    delta_frame: int = 3000,
+    num_timesteps: int = 8,
+    time_mode: Literal["none", "concat", "mlp", "posenc", "rope"] | None = None,
+    solver: str = "dopri5",
+    rtol: float = 1e-3,
+    atol: float = 1e-4,
+    norm: bool = False,
+    propagate_x: bool = True,
+    propagate_h: bool = True,
+    no_fourier: bool = False,
+    no_ode: bool = False,
+    backend: str = "auto",
+    batch_size: int = 10,
+    device: str = "auto",
+    json: bool = False,
+) -> int:
+    """Run the reference and the fast model with somebody's weights; print errors and speed.
+
+    Args:
+        checkpoint: a state_dict (torch.save or safetensors) or a run of this package; weights only.
+        trajectory: a file or sample:aspirin or sample:ethanol.
+        dt_fs: time between its frames, fs, where the file does not say.
+        heavy_only: drop hydrogens.
+        delta_frame: of the training.
+        num_timesteps: of the training.
+        time_mode: of the training; needed where the weights leave it open.
+        solver: of the training.
+        rtol: of the training.
+        atol: of the training.
+        norm: of the training.
+        propagate_x: of the training.
+        propagate_h: of the training.
+        no_fourier: of the training.
+        no_ode: of the training.
+        backend: of the fast model.
+        batch_size: windows in a pass.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    data = DataConfig(
+        trajectory=trajectory,
+        dt_fs=dt_fs,
+        heavy_only=heavy_only,
+        delta_frame=delta_frame,
+        num_timesteps=num_timesteps,
+    )
+    agreement = check_checkpoint(
+        checkpoint,
+        data=data,
+        time_mode=time_mode,
+        solver=solver,
+        rtol=rtol,
+        atol=atol,
+        norm=norm,
+        propagate_x=propagate_x,
+        propagate_h=propagate_h,
+        no_fourier=no_fourier,
+        no_ode=no_ode,
+        backend=backend,
+        batch_size=batch_size,
+        device=device,
+    )
+    if json:
+        console.say_json(agreement.to_dict())
+    else:
+        console.say_agreement(agreement)
+    return OK if agreement.passed else FAILED
+
+
+def _new_directory(wanted: Path) -> Path:
+    """``wanted``, or ``wanted-2``, ``wanted-3`` … if it exists."""
+    directory, number = wanted, 1
+    while directory.exists():
+        number += 1
+        directory = wanted.with_name(f"{wanted.name}-{number}")
+    return directory
