@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable
 from typing import IO, Any
 
@@ -18,11 +17,6 @@ MAX_ARRAY_BYTES = 4 * 2**30
 Header = tuple[tuple[int, ...], np.dtype[Any]]
 _NPY: Any = np.lib.format  # Any: its functions are not annotated.
 _HEADER_READERS = {(1, 0): _NPY.read_array_header_1_0, (2, 0): _NPY.read_array_header_2_0}
-# What zipfile, zlib and the npy reader raise on damaged, encrypted or exotic archives.
-_DAMAGE = (
-    zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError, RuntimeError,
-    NotImplementedError, OverflowError,
-)  # fmt: skip
 
 
 def read_headers(path: str | os.PathLike[str]) -> dict[str, Header]:
@@ -90,7 +84,7 @@ def _open(path: str | os.PathLike[str]) -> zipfile.ZipFile:
         return zipfile.ZipFile(path)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
-    except _DAMAGE as error:
+    except Exception as error:
         raise TrajectoryError(
             f"{path}: must be an npz file, but is damaged, truncated or another kind ({error})"
         ) from error
@@ -128,14 +122,15 @@ class _reading:
     def __enter__(self) -> IO[bytes]:
         try:
             self._stream = self._archive.open(self._member)
-        except _DAMAGE as error:
+        except Exception as error:
             raise self._damaged(error) from error
         return self._stream
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._stream is not None:
             self._stream.close()
-        if isinstance(error, _DAMAGE) and not isinstance(error, TrajectoryError):
+        # Damage shows as anything: BadZipFile, zlib.error, EOFError, even tokenize.TokenError.
+        if isinstance(error, Exception) and not isinstance(error, (TrajectoryError, MemoryError)):
             raise self._damaged(error) from error
 
 
