@@ -198,7 +198,7 @@ def solve_grid(
         differentiable, in y0 and the parameters.
     """
     modes, batch, components, channels = y0.shape
-    rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels)
+    rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels).contiguous()
     values: Tensor = _GridSolve.apply(  # type: ignore[no-untyped-call]
         rhs, tableau, stats, times.detach(), rows, *rhs.parameters
     )

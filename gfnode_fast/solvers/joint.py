@@ -59,7 +59,7 @@ def _dense_weights(
     inside = (times > step.time) & (times <= end)
     x = ((times - step.time) / (end - step.time)).where(inside, times.new_zeros(()))
     powers = torch.stack((x, x**2, x**3, x**4), dim=-1)
-    stages = powers @ tableau.dense().to(times.device) * step.size
+    stages = powers @ tableau.dense.to(times.device) * step.size
     weights = torch.cat((inside.unsqueeze(-1).to(times.dtype), stages), dim=-1)
     return weights.to(dtype), x, inside
 
@@ -72,7 +72,7 @@ def _dense_weight_slopes(
     The first step starts at 0 and has size h: weight h b(s / h). Later ones keep their size and
     start later with h: weight dt b((s - h - c) / dt).
     """
-    dense = tableau.dense().to(x.device)
+    dense = tableau.dense.to(x.device)
     powers = torch.stack((x, x**2, x**3, x**4), dim=-1)
     slopes = torch.stack((torch.ones_like(x), 2 * x, 3 * x**2, 4 * x**3), dim=-1)
     value = (powers - x.unsqueeze(-1) * slopes) @ dense if is_first else -slopes @ dense

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gfnode_fast.solvers.tableau import Row, Tableau, row_tensor
+from gfnode_fast.solvers.tableau import Row, Tableau
 
 
 def flat(buffer: Tensor) -> Tensor:
@@ -22,12 +22,15 @@ def flat(buffer: Tensor) -> Tensor:
     return buffer.reshape(buffer.shape[0], -1)
 
 
+def _weights(buffer: Tensor, constant: float, row: Row, step: float) -> Tensor:
+    weights = [constant, *(step * c for c in row)]
+    return torch.tensor(weights, dtype=buffer.dtype, device=buffer.device)
+
+
 def combine(buffer: Tensor, constant: float, row: Row, step: float) -> Tensor:
     """constant * Z[0] + step * Σ_j row[j] Z[1 + j], shaped like a state."""
     used = flat(buffer[: len(row) + 1])
-    weights = row_tensor((constant, *row), used.dtype, used.device)
-    weights = torch.cat((weights[:1], weights[1:] * step))
-    out = torch.mv(used.t(), weights)
+    out = torch.mv(used.t(), _weights(used, constant, row, step))
     if buffer.is_complex():
         return torch.view_as_complex(out.view(*buffer.shape[1:], 2))
     return out.view(buffer.shape[1:])
@@ -36,9 +39,7 @@ def combine(buffer: Tensor, constant: float, row: Row, step: float) -> Tensor:
 def spread(grad_buffer: Tensor, constant: float, row: Row, step: float, grad: Tensor) -> None:
     """Adjoint of `combine`: add grad times its coefficients to the buffer's gradient."""
     used = flat(grad_buffer[: len(row) + 1])
-    weights = row_tensor((constant, *row), used.dtype, used.device)
-    weights = torch.cat((weights[:1], weights[1:] * step))
-    used.addr_(weights, flat(grad.contiguous().unsqueeze(0))[0])
+    used.addr_(_weights(used, constant, row, step), flat(grad.contiguous().unsqueeze(0))[0])
 
 
 def stage_time(tableau: Tableau, stage: int, time: float, step: float, dtype: torch.dtype) -> float:

@@ -46,6 +46,7 @@ class Tableau:
         """Whether y1 is the point of the last stage (first same as last)."""
         return self.solution == (*self.beta[-1], 0)
 
+    @cached_property
     def dense(self) -> Tensor:
         """P (4, J), float64: inside a step y(t0 + x dt) = y0 + dt Σ_j (Σ_p P[p, j] x^(p+1)) k_j.
 

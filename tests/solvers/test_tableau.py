@@ -1,0 +1,62 @@
+"""Tableau identities and equality with torchdiffeq's own coefficients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchdiffeq._impl.odeint import SOLVERS
+
+from gfnode_fast.solvers.tableau import ADAPTIVE, TABLEAUS, Tableau
+
+BY_NAME = pytest.mark.parametrize("tableau", TABLEAUS.values(), ids=TABLEAUS)
+
+
+@BY_NAME
+def test_rows_sum_to_their_abscissae(tableau: Tableau) -> None:
+    assert sum(tableau.solution) == pytest.approx(1, abs=1e-14)
+    for alpha, beta in zip(tableau.alpha, tableau.beta, strict=True):
+        assert sum(beta) == pytest.approx(alpha, abs=1e-14)
+
+
+@BY_NAME
+def test_order_conditions_on_quadratures(tableau: Tableau) -> None:
+    """Σ b_i c_i^(q-1) = 1/q up to the order."""
+    abscissae = (0.0, *tableau.alpha)
+    order = 1 if tableau.name == "fehlberg2" else tableau.order
+    for q in range(1, order + 1):
+        total = sum(b * c ** (q - 1) for b, c in zip(tableau.solution, abscissae, strict=True))
+        assert total == pytest.approx(1 / q, abs=1e-14), q
+
+
+@pytest.mark.parametrize("tableau", ADAPTIVE.values(), ids=ADAPTIVE)
+def test_adaptive_methods_are_torchdiffeqs(tableau: Tableau) -> None:
+    theirs = SOLVERS[tableau.name]
+    assert tableau.order == theirs.order
+    assert torch.equal(torch.tensor(tableau.alpha, dtype=torch.float64), theirs.tableau.alpha)
+    for ours, row in zip(tableau.beta, theirs.tableau.beta, strict=True):
+        assert torch.equal(torch.tensor(ours, dtype=torch.float64), row)
+    for ours, row in (
+        (tableau.solution, theirs.tableau.c_sol),
+        (tableau.error, theirs.tableau.c_error),
+        (tableau.mid, theirs.mid),
+    ):
+        assert torch.equal(torch.tensor(ours, dtype=torch.float64), row)
+
+
+@pytest.mark.parametrize("tableau", ADAPTIVE.values(), ids=ADAPTIVE)
+def test_dense_output_passes_through_the_ends(tableau: Tableau) -> None:
+    """Quartic: y1 at 1, y_mid at 1/2, slope k_0 at 0 and k_{J-1} at 1; error row sums to 0."""
+    dense = tableau.dense
+    powers = torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)
+    stages = torch.eye(tableau.num_stages, dtype=torch.float64)
+    half = 0.5**powers
+    close = {"atol": 1e-13, "rtol": 0}
+    torch.testing.assert_close(
+        dense.sum(0), torch.tensor(tableau.solution).double(), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        half @ dense, torch.tensor(tableau.mid, dtype=torch.float64), **close
+    )
+    torch.testing.assert_close(dense[0], stages[0], **close)
+    torch.testing.assert_close(powers @ dense, stages[-1], **close)
+    assert sum(tableau.error) == pytest.approx(0, abs=1e-13)
