@@ -101,18 +101,21 @@ def read_report(path: str | Path) -> Report:
 def distribution(true: Tensor, predicted: Tensor, *, bins: int = 60) -> Distribution:
     """Compare two samples of the same size.
 
-    The bins span the true values, widened by a quarter of their range on either side.
+    The bins span all true values and the middle 98 % of the predicted ones.
     """
-    true, predicted = true.double().flatten(), predicted.double().flatten()
-    low, high = true.min(), true.max()
-    margin = 0.25 * (high - low) if high > low else torch.full_like(low, 1e-3)
-    edges = torch.linspace(float(low - margin), float(high + margin), bins + 1, dtype=torch.float64)
+    true = true.double().flatten().sort().values
+    predicted = predicted.double().flatten().sort().values
+    tail = len(predicted) // 100
+    low = torch.minimum(true[0], predicted[tail])
+    high = torch.maximum(true[-1], predicted[-1 - tail])
+    margin = max(0.02 * float(high - low), 1e-3)
+    edges = torch.linspace(float(low) - margin, float(high) + margin, bins + 1, dtype=torch.float64)
     histograms = [_fractions(values, edges) for values in (true, predicted)]
     return Distribution(
         edges=edges.tolist(),
         true=histograms[0].tolist(),
         predicted=histograms[1].tolist(),
-        wasserstein=float((true.sort().values - predicted.sort().values).abs().mean()),
+        wasserstein=float((true - predicted).abs().mean()),
         jensen_shannon=jensen_shannon(*histograms),
     )
 
