@@ -101,8 +101,8 @@ def predict_command(
     run: str,
     trajectory: str | None = None,
     dt_fs: float | None = None,
-    start: list[int] | None = None,
-    times: list[int] | None = None,
+    start: str | None = None,
+    times: str | None = None,
     output: str = "predicted.extxyz",
     device: str = "auto",
 ) -> int:
@@ -112,8 +112,9 @@ def predict_command(
         run: directory of a run (its best checkpoint, else its last), or best.json or last.json.
         trajectory: where the start frames are; default: what the model was trained on.
         dt_fs: time between its frames, fs, where the file does not say.
-        start: frame numbers to start from; default: the first test window's.
-        times: frames after the start; default: as many as the model has, evenly spread.
+        start: frame numbers to start from, as 10,390; default: the first test window's.
+        times: frames after the start, as 100,200,400; default: as many as the model has, evenly
+            spread.
         output: the file; the true frames go to NAME_true.extxyz where the trajectory has them.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -122,23 +123,26 @@ def predict_command(
         raise ConfigError(
             f"predict: `output` must end in .extxyz or .xyz, got {output!r}; rename it"
         )
+    starts, ahead = _integers("start", start), _integers("times", times)
     trained = load_model(run, device=device)
     data = trained.config.data
     if trajectory is not None:
         frames = read_trajectory(DataConfig(trajectory, dt_fs, heavy_only=data.heavy_only))
-        start = start or [int(frames.frames[row]) for row in frames.starts()[:1]]
+        first = frames.starts()[:1]
     else:
         problem = load_problem(data, stored_graph=trained.graph)
         frames = problem.trajectory
-        start = start or [int(frames.frames[problem.windows["test"].start[0]])]
-    if times is None:
+        first = problem.windows["test"].start[:1].numpy()
+    if starts is None:
+        starts = frames.frames[first].tolist()
+    if ahead is None:
         count = data.num_timesteps
-        times = [k * data.delta_frame // count for k in range(1, count + 1)]
-    found = predict_from_trajectory(trained, frames, start, times)
+        ahead = [k * data.delta_frame // count for k in range(1, count + 1)]
+    found = predict_from_trajectory(trained, frames, starts, ahead)
     infos = [
-        {"start_frame": int(first), "frame": int(first + ahead), "time_fs": ahead * frames.dt_fs}
-        for first in found.starts
-        for ahead in found.times
+        {"start_frame": begin, "frame": begin + time, "time_fs": time * frames.dt_fs}
+        for begin in found.starts.tolist()
+        for time in found.times.tolist()
     ]
     flat = found.positions.reshape(-1, *found.positions.shape[2:])
     write_extxyz(path, flat, frames.numbers, infos=infos)
@@ -315,6 +319,18 @@ def check_command(
     else:
         console.say_agreement(agreement)
     return OK if agreement.passed else FAILED
+
+
+def _integers(name: str, text: str | None) -> list[int] | None:
+    """``10,20`` (or ``[10, 20]``) as a list."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.strip("[] ").split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"predict: `{name}` must be whole numbers as in 100,200, got {text!r}; correct it"
+        ) from error
 
 
 def _new_directory(wanted: Path) -> Path:

@@ -101,7 +101,7 @@ def say_training(result: TrainResult) -> None:
         "early_stopped": "stopped early: no improvement within the patience",
         "max_steps": "stopped at max_steps; resumable",
         "max_seconds": "stopped at max_seconds; resumable",
-        "interrupted": "interrupted; go on with the same command and --resume",
+        "interrupted": f"interrupted; go on with: gfnode-fast train --resume {result.output}",
     }[result.status]
     say(f"training {ended}: {result.step} steps, {result.epoch} epochs, {result.seconds:.0f} s")
     if result.best_mse is not None:

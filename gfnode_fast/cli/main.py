@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gfnode_fast.cli import commands, console
@@ -60,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, run = _parser()
     try:
         parsed = parser.parse_args(arguments)
-    except ArgumentError as error:
+        if parsed.command == "train" and parsed.train.resume is not None:
+            parsed = parser.parse_args(_with_stored_config(arguments, parsed.train.resume))
+    except (ArgumentError, ConfigError) as error:
         return _bad_input(f"gfnode-fast: {error}")
     try:
         return run(parsed)
@@ -93,7 +96,10 @@ def _parser() -> tuple[Any, Callable[[Any], int]]:
     training.add_argument("--config", action="config", help="YAML file; the command line beats it")
     training.add_class_arguments(TrainConfig)
     training.add_argument(
-        "--resume", action="store_true", help="go on from the run in the output directory"
+        "--resume",
+        type=str,
+        metavar="RUN",
+        help="go on with the run in this directory, with its own configuration",
     )
     subcommands.add_subcommand("train", training, help=_summary(commands.train_command))
     data = _new_parser(description="Inspect and make trajectories.")
@@ -104,13 +110,27 @@ def _parser() -> tuple[Any, Callable[[Any], int]]:
     return parser, _run
 
 
+def _with_stored_config(arguments: list[str], run: str) -> list[str]:
+    """The same command line on top of the configuration that the run was started with."""
+    stored = Path(run) / "config.json"
+    if not stored.is_file():
+        raise ConfigError(
+            f"train: `resume` must be the directory of a run, got {run!r}, which has no "
+            "config.json; check the path"
+        )
+    place = arguments.index("train") + 1
+    return [*arguments[:place], "--config", str(stored), *arguments[place:]]
+
+
 def _run(parsed: Any) -> int:
     values = parsed.as_dict()
     name = values["command"]
     if name == "train":
         options = {key: value for key, value in values["train"].items() if key != "config"}
-        resume = options.pop("resume")
-        return commands.train_command(config_from_dict(options), resume)
+        run = options.pop("resume")
+        if run is not None:
+            options["output"] = run  # wherever it is now
+        return commands.train_command(config_from_dict(options), run is not None)
     if name == "data":
         subcommand = values["data"]["subcommand"]
         return _call(_DATA_COMMANDS[subcommand], values["data"][subcommand])

@@ -54,9 +54,14 @@ def test_resume(config_file, tmp_path, capsys):
     assert "stopped at max_steps; resumable" in capsys.readouterr().out
     assert main(arguments) == 2
     assert "must not hold a run already" in one_line(capsys)
-    assert main([*arguments, "--resume"]) == 0
-    assert main([*arguments, "--resume", "--optim.lr", "1"]) == 2
+    run = str(tmp_path / "run")
+    assert main(["train", "--optim.lr", "1", "--resume", run]) == 2
     assert "optim.lr: 0.001 -> 1.0" in one_line(capsys)
+    assert main(["train", "--resume", run, "--max_steps", "5"]) == 0
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert main(["train", "--resume", str(moved), "--max_steps", "null"]) == 0
+    assert "training completed: 12 steps" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,8 @@ def test_resume(config_file, tmp_path, capsys):
         (["train", "--data.sampling", "odd"], "sampling"),
         (["train", "--data.trajectory", "nowhere.npz"], "nowhere.npz"),
         (["train", "--data.trajectory", "sample:water"], "water"),
+        (["train", "--resume", "nowhere"], "`resume` must be the directory of a run"),
+        (["predict", "nowhere", "--times", "soon"], "`times` must be whole numbers"),
         (["evaluate", "nowhere"], "nowhere"),
         (["evaluate", "nowhere", "--spilt", "test"], "spilt"),
         (["predict", "nowhere", "--output", "x.pdb"], "must end in .extxyz"),
@@ -105,7 +112,7 @@ def test_print_config_round_trip(tmp_path, capsys):
         main(["train", "--config", str(tmp_path / "c.yaml"), "--print_config"])
     assert capsys.readouterr().out == printed
     values = yaml.safe_load(printed)
-    assert values.pop("resume") is False
+    assert values.pop("resume") is None
     config = config_from_dict(values)
     assert config.optim.lr == 0.5
     assert config.data.rigid_bonds == [(0, 1)]
@@ -151,7 +158,7 @@ def test_evaluate_writes_beside_the_checkpoint_by_default(finished_run, tmp_path
 def test_predict(finished_run, tmp_path, capsys):
     path = tmp_path / "p.extxyz"
     arguments = ["predict", str(finished_run), "--output", str(path), "--device", "cpu"]
-    assert main([*arguments, "--start", "[10, 390]", "--times", "[1, 5, 9, 15, 20]"]) == 0
+    assert main([*arguments, "--start", "10,390", "--times", "1,5,9,15,20"]) == 0
     assert "10 frames" in capsys.readouterr().out
     predicted = ase.io.read(path, index=":")
     true = ase.io.read(tmp_path / "p_true.extxyz", index=":")
@@ -170,7 +177,7 @@ def test_predict_by_default_starts_from_the_first_test_window(finished_run, tmp_
 
 def test_predict_from_another_file(finished_run, trajectory_file, tmp_path, capsys):
     arguments = ["predict", str(finished_run), "--output", str(tmp_path / "p.extxyz")]
-    assert main([*arguments, "--trajectory", str(trajectory_file), "--times", "[30]"]) == 2
+    assert main([*arguments, "--trajectory", str(trajectory_file), "--times", "30"]) == 2
     assert "`times` must be whole frames in 1 ... 20" in one_line(capsys)
     assert main([*arguments, "--trajectory", str(trajectory_file)]) == 0
 
