@@ -1,1 +1,3 @@
-"""The measuring bench: rows, inputs, baselines, timing, reports. Run its scripts from the checkout."""
+"""The measuring bench: rows, inputs, baselines, timing, reports. Run its scripts from the
+checkout.
+"""

@@ -1,8 +1,8 @@
 """U1: the reference with each molecule's own times and list + stack instead of in-place writes.
 
-Nothing else differs from U0. The solver is torchdiffeq's own, driven step by step: the accepted steps do
-not depend on the output times, so the T own times of every molecule are read from the interpolants, where
-U0 reads all united times for all molecules.
+Nothing else differs from U0. The solver is torchdiffeq's own, driven step by step: the accepted
+steps do not depend on the output times, so the T own times of every molecule are read from the
+interpolants, where U0 reads all united times for all molecules.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class OwnTimesODE(ModeODE):
             solution.append(evaluate(polynomials[k, :, :, molecule], x))
         return torch.stack(solution)
 
-    def _solve(self, state: Tensor, s: Tensor) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+    def _solve(
+        self, state: Tensor, s: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
         """Start, end and interpolant of each accepted step up to the last requested time."""
         span = torch.stack((torch.zeros_like(s[0, 0]), s.max()))
         _, func, state, span, rtol, atol, method, options, _, _ = _check_inputs(

@@ -1,0 +1,202 @@
+"""One row: build the contenders, check them, time them in turn, count and weigh them."""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import inputs
+from benchmarks.agreement import Checker
+from benchmarks.baselines.c1 import CompileLog
+from benchmarks.operations import make_task
+from benchmarks.registry import BASELINES, Row, contenders
+from benchmarks.task import Task, Unavailable
+from benchmarks.timing import Timing, count, count_operations, interleaved, peak_memory, ratio
+
+SINGLE_FROM = {"cpu": 200, "cuda": 4096}  # U0 with irregular times runs once from this batch on
+COUNTED_UP_TO_S = 20.0  # an execution longer than this is not repeated for counting and weighing
+NO_SLOWER = 1.02  # C1 / U1 up to this is noise
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: samples per contender and seconds that they may add up to."""
+
+    rounds: int = 15
+    seconds_each: float = 6.0
+    u0_limit_s: float = 240.0
+
+
+QUICK = Effort(rounds=3, seconds_each=0.5, u0_limit_s=5.0)
+
+
+def predict_u0_seconds(row: Row, device: torch.device) -> float:
+    """Rough seconds of one U0 execution: the work without the union, dispatches, and the O(L²)
+    writes.
+
+    Calibrated on one CPU thread and, for GPUs, on counted operations and bytes.
+    """
+    if row.op not in ("model", "propagation", "solve"):
+        return 0.0
+    shared = {"model": 0.014, "propagation": 0.001, "solve": 0.0005}[row.op] * row.batch
+    if row.times == "regular":
+        union = inputs.NUM_TIMES
+    else:
+        union = int(
+            inputs.DELTA_FRAME * (1 - (1 - inputs.NUM_TIMES / inputs.DELTA_FRAME) ** row.batch)
+        )
+    gradient = row.phase != "forward"
+    channels = 64 if row.op == "solve" else 70
+    written = union**2 * row.num_modes * row.batch * channels * 4 * gradient
+    if device.type == "cuda":
+        return shared / 300 + union * (140 if gradient else 48) * 8e-6 + 4 * written / 3e12
+    resident = written / max(union, 1) < 3e7
+    return (
+        shared
+        + union * (140 if gradient else 48) * 1e-5
+        + 3 * written / (4e10 if resident else 7e9)
+    )
+
+
+def _failure(status: str, error: BaseException) -> dict[str, Any]:
+    text = str(error).strip().splitlines()
+    found = {"status": status, "reason": f"{type(error).__name__}: {text[0][:300] if text else ''}"}
+    if status == "failed":
+        found["traceback"] = traceback.format_exception(error)[-1][-2000:]
+    return found
+
+
+def _is_single(contender: str, row: Row, device: torch.device) -> bool:
+    union = row.op in ("model", "propagation", "solve") and row.times == "irregular"
+    large = row.batch >= SINGLE_FROM[device.type] or predict_u0_seconds(row, device) > 15
+    return contender == "U0" and union and row.phase != "forward" and large
+
+
+def measure(row: Row, device: torch.device, checker: Checker, effort: Effort) -> dict[str, Any]:
+    """All the reports need of one row. A contender that fails is reported, the others go on."""
+    names = contenders(row)
+    results: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, Task] = {}
+    began = time.perf_counter()
+    has_u0 = "U0" in names
+    first = "U1" if has_u0 else names[0]
+    expected = None
+    try:
+        if has_u0:
+            against_u0 = checker.check_u1(row)
+        expected = checker.yardstick(row, first)
+    except Exception as error:
+        # Without a yardstick nobody may be timed.
+        failed = _failure("failed", error)
+        return {"row": row.as_dict(), "contenders": dict.fromkeys(names, failed), "ratios": {}}
+    for name in names:
+        if name == "U0" and (seconds := predict_u0_seconds(row, device)) > effort.u0_limit_s:
+            results[name] = {
+                "status": "skipped",
+                "reason": f"about {seconds:.0f} s an execution, the limit is {effort.u0_limit_s:.0f} s",
+            }
+            continue
+        try:
+            info: dict[str, Any] = {}
+            if name == "C1":
+                with CompileLog() as log:
+                    task = make_task(name, row, device)
+                    errors = checker.check(name, row, task, expected)
+                info = log.info()
+            else:
+                task = make_task(name, row, device)
+                if name == "U0":
+                    errors = against_u0
+                else:
+                    errors = checker.check(name, row, task, expected)
+            tasks[name] = task
+            results[name] = {"status": "ok", "agreement": errors, **info}
+        except Unavailable as error:
+            results[name] = _failure("unavailable", error)
+        except Exception as error:
+            results[name] = _failure("failed", error)
+    del expected
+    timings = _time(row, device, effort, tasks, results)
+    for name, timing in timings.items():
+        results[name] |= timing.summary()
+        if timing.summary()["median_s"] <= COUNTED_UP_TO_S:
+            _weigh(name, tasks[name], device, results[name])
+    if {"U1", "C1"} <= set(timings) and 1 / ratio(timings["U1"], timings["C1"]) > NO_SLOWER:
+        results["C1"] |= {"status": "invalid", "reason": "slower than U1: no valid baseline"}
+    ratios = {
+        f"{name} / {baseline}": ratio(timings[baseline], timing)
+        for name, timing in timings.items()
+        for baseline in (*BASELINES, first)
+        if baseline in timings and baseline != name
+    }
+    found = {"row": row.as_dict(), "contenders": results, "ratios": ratios}
+    found["work"] = _work(first, tasks, timings)
+    found["seconds"] = round(time.perf_counter() - began, 1)
+    if row.op in ("model", "propagation", "solve"):
+        found["union"] = inputs.union_size(inputs.make_batch(row, device))
+    tasks.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def _time(
+    row: Row,
+    device: torch.device,
+    effort: Effort,
+    tasks: dict[str, Task],
+    results: dict[str, dict[str, Any]],
+) -> dict[str, Timing]:
+    """Time what passed, interleaved; one that fails now is dropped and the rest timed again."""
+    while tasks:
+        running = ""
+
+        def guarded(name: str) -> Any:
+            def run() -> None:
+                nonlocal running
+                running = name
+                tasks[name].run()
+
+            return run
+
+        try:
+            return interleaved(
+                {name: guarded(name) for name in tasks},
+                device,
+                rounds=effort.rounds,
+                seconds_each=effort.seconds_each,
+                single=frozenset(name for name in tasks if _is_single(name, row, device)),
+            )
+        except Exception as error:
+            results[running] = _failure("failed", error)
+            del tasks[running]
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return {}
+
+
+def _weigh(name: str, task: Task, device: torch.device, result: dict[str, Any]) -> None:
+    try:
+        result["peak_bytes"] = peak_memory(task.run, device)
+        if name != "C1":  # a compiled graph dispatches no tensor operations
+            result["operations"] = count_operations(task.run)
+    except Exception as error:
+        result["weighing_failed"] = _failure("failed", error)
+
+
+def _work(first: str, tasks: dict[str, Task], timings: dict[str, Timing]) -> dict[str, Any]:
+    """Matrix flops and bytes of the eager yardstick, and the least bytes where they are known."""
+    if first not in timings:
+        return {}
+    work: dict[str, Any] = {"counted_on": first, "min_bytes": tasks[first].min_bytes}
+    try:
+        counted = count(tasks[first].run)
+        return work | {"flops": counted["flops"], "bytes": counted["bytes"]}
+    except Exception as error:
+        return work | {"counting_failed": _failure("failed", error)}

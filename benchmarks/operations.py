@@ -1,0 +1,257 @@
+"""What a contender executes in a row: building it, running it, and its values for the agreement
+check.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gfnode_fast
+from benchmarks import inputs, peers
+from benchmarks.baselines import c1, u1
+from benchmarks.registry import Row
+from benchmarks.task import (
+    Task,
+    Unavailable,
+    begin,
+    function_task,
+    named_gradients,
+    named_outputs,
+    numerics,
+)
+from gfnode_fast import reference
+from gfnode_fast.data import Batch
+
+OURS = {"ours": {}, "ours exact": {"solver_mode": "exact"}}
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-15
+
+
+def build_model(contender: str, row: Row, device: torch.device) -> nn.Module:
+    """The row's model as the contender has it, with the initial values common to all.
+
+    Raises:
+        Unavailable: this version has no such contender.
+    """
+    config = inputs.model_config(row)
+    if contender == "U0":
+        model: nn.Module = reference.FourierMD(**config)
+    elif contender == "U1":
+        model = u1.FourierMD(**config)
+    elif contender == "C1":
+        model = c1.FourierMD(**config)
+    else:
+        model = _build_ours(contender, row, config)
+    model.load_state_dict(inputs.initial_state(row))
+    return model.to(device, inputs.dtype_of(row.precision))
+
+
+def _build_ours(contender: str, row: Row, config: dict[str, Any]) -> nn.Module:
+    wanted = dict(OURS[contender])
+    if row.precision in ("tf32", "bf16"):
+        wanted["precision"] = row.precision
+    known = inspect.signature(gfnode_fast.FourierMD).parameters
+    for name in wanted:
+        if name not in known:
+            raise Unavailable(f"gfnode_fast.FourierMD has no `{name}` in this version")
+    model = gfnode_fast.FourierMD(**config, **wanted)
+    if model.backend == "reference":
+        raise Unavailable(f"the drop-in runs the reference: {model.backend_reason}")
+    return model
+
+
+def make_task(contender: str, row: Row, device: torch.device) -> Task:
+    """Build the contender for a row.
+
+    Raises:
+        Unavailable: it does not exist here.
+    """
+    if row.op == "eigh":
+        return peers.eigh_task(contender, row, device)
+    if row.op in ("graph_fourier", "inverse_graph_fourier"):
+        return _transform_task(contender, row, device)
+    batch = inputs.make_batch(row, device)
+    if row.op == "solve" and contender == "torchode":
+        return peers.torchode_task(row, batch, build_model("U1", row, device))
+    model = build_model(contender, row, device)
+    if row.op == "model":
+        return _model_task(contender, row, model, batch)
+    call, leaves = _PIECES[row.op](contender, row, model, batch)
+    return function_task(row, call, leaves, dict(model.named_parameters()))
+
+
+def _model_task(contender: str, row: Row, model: nn.Module, batch: Batch) -> Task:
+    """The whole model: inference, gradient of the published loss, or that and an Adam step."""
+    arguments, target, device = batch.inputs(), batch.target, batch.x.device
+    leaves = dict(model.named_parameters())
+    # U0 and U1 are what users run today: Adam's default. The others may have the best there is.
+    fused = None if contender in ("U0", "U1") else True
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=fused
+    )
+
+    def forward() -> tuple[Tensor, ...]:
+        begin()
+        with torch.no_grad(), numerics(row.precision, device):
+            return model(**arguments)[:3]
+
+    def backward() -> tuple[Tensor, ...]:
+        begin()
+        optimizer.zero_grad()
+        with numerics(row.precision, device):
+            x, v, h, kld = model(**arguments)
+            ((x - target).square().mean() + kld).backward()
+        return x, v, h
+
+    def step() -> None:
+        backward()
+        optimizer.step()
+
+    def values() -> dict[str, Tensor]:
+        if row.phase == "forward":
+            return named_outputs(forward())
+        return named_outputs(backward()) | named_gradients(leaves)
+
+    run = {"forward": forward, "backward": backward, "step": step}[row.phase]
+    return Task(run, values)
+
+
+Piece = tuple[Callable[[], tuple[Tensor, ...]], dict[str, Tensor]]
+
+
+def _require_own(contender: str, model: nn.Module, method: str) -> None:
+    if contender in OURS and getattr(type(model), method) is getattr(reference.FourierMD, method):
+        raise Unavailable(f"the drop-in's `{method}` is the reference's in this version")
+
+
+def _signals(row: Row, batch: Batch, width: int, copies: int = 1) -> dict[str, Tensor]:
+    """Encoded-looking state: real positions and velocities, seeded features."""
+    generator = torch.Generator().manual_seed(inputs.SEED)
+    atoms = batch.x.shape[0] * copies
+    h = torch.randn(atoms, width, generator=generator, dtype=batch.x.dtype).to(batch.x.device)
+    leaves = {"x": batch.x.repeat(copies, 1), "v": batch.v.repeat(copies, 1), "h": h}
+    return {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+
+
+def _propagation(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
+    leaves = _signals(row, batch, model.hidden_nf)
+    s = batch.timeframes / inputs.DELTA_FRAME
+    shape = (row.batch, model.num_atoms)
+
+    def call() -> tuple[Tensor, ...]:
+        return model._propagate(
+            leaves["x"], leaves["v"], leaves["h"], batch.loc_mean, s, batch.U_batch, shape
+        )
+
+    return call, leaves
+
+
+def _encoder(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
+    _require_own(contender, model, "_encode")
+    leaves = _signals(row, batch, model.in_node_nf)
+
+    def call() -> tuple[Tensor, ...]:
+        return model._encode(
+            leaves["x"], leaves["v"], leaves["h"], *batch.edge_index, batch.edge_fea
+        )
+
+    return call, leaves
+
+
+def _decoder(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
+    _require_own(contender, model, "_decode")
+    leaves = _signals(row, batch, model.hidden_nf + model.time_emb_dim, inputs.NUM_TIMES)
+
+    def call() -> tuple[Tensor, ...]:
+        return model._decode(
+            leaves["x"], leaves["v"], leaves["h"], *batch.edge_index, batch.edge_fea,
+            inputs.NUM_TIMES,
+        )  # fmt: skip
+
+    return call, leaves
+
+
+def _graph_layer(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
+    """The first decoder layer on T copies of the batch's graph."""
+    layer = model.decode_layers[0]
+    if contender == "C1":
+        layer = c1.compile_function(layer, fullgraph=True)
+    elif contender in OURS and type(layer).__module__.startswith("gfnode_fast.reference"):
+        raise Unavailable("the drop-in's graph layers are the reference's in this version")
+    leaves = _signals(row, batch, model.hidden_nf + model.time_emb_dim, inputs.NUM_TIMES)
+    offset = torch.arange(inputs.NUM_TIMES, device=batch.x.device)[:, None] * batch.x.shape[0]
+    ends = [(offset + end).reshape(-1) for end in batch.edge_index]
+    edge_fea = batch.edge_fea.repeat(inputs.NUM_TIMES, 1)
+
+    def call() -> tuple[Tensor, ...]:
+        return layer(leaves["x"], leaves["v"], leaves["h"], *ends, edge_fea)
+
+    return call, leaves
+
+
+def _solve(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
+    """The features' ODE alone, (M, B, 1, K) → (T, B, M, 1, K)."""
+    ode = model.freq_conv.t_conv
+    y0 = peers.initial_modes(row, batch, model.hidden_nf)
+    s = batch.timeframes / inputs.DELTA_FRAME
+    if contender == "ours":
+        return (lambda: (peers.solve_ours(ode, y0, s),)), {"y0": y0}
+    if contender in OURS:
+        raise Unavailable("measured in the propagation rows")
+    return (lambda: (ode(y0, s),)), {"y0": y0}
+
+
+_PIECES: dict[str, Callable[[str, Row, nn.Module, Batch], Piece]] = {
+    "propagation": _propagation,
+    "encoder": _encoder,
+    "decoder": _decoder,
+    "graph_layer": _graph_layer,
+    "solve": _solve,
+}
+
+
+def _transform_task(contender: str, row: Row, device: torch.device) -> Task:
+    """Projection of K feature channels onto M modes, or its inverse at T times."""
+    batch = inputs.make_batch(row, device)
+    width = inputs.model_config(row)["hidden_nf"]
+    eigvecs, num_modes = batch.U_batch.contiguous(), row.num_modes
+    generator = torch.Generator().manual_seed(inputs.SEED)
+    inverse = row.op == "inverse_graph_fourier"
+    shape = (
+        (inputs.NUM_TIMES, row.batch, num_modes, width)
+        if inverse
+        else (row.batch, eigvecs.shape[1], width)
+    )
+    signal = torch.randn(shape, generator=generator).to(device, eigvecs.dtype).requires_grad_()
+    function = _transforms(contender, inverse, eigvecs, num_modes)
+    with torch.no_grad():
+        written = function(signal).nbytes
+    kept = eigvecs.nbytes * num_modes // eigvecs.shape[1]
+    forward_bytes = signal.nbytes + kept + written
+    both = forward_bytes if row.phase == "forward" else 2 * forward_bytes
+    return function_task(row, lambda: (function(signal),), {"signal": signal}, min_bytes=both)
+
+
+def _transforms(
+    contender: str, inverse: bool, eigvecs: Tensor, num_modes: int
+) -> Callable[[Tensor], Tensor]:
+    kept = eigvecs[:, :, :num_modes]
+    if contender == "U1" and not inverse:  # as published: all modes, then the first M
+        return lambda x: torch.einsum("bnm,bnc->bmc", eigvecs, x)[:, :num_modes]
+    if contender == "U1":
+        return lambda y: torch.einsum("bnm,tbmc->tbnc", kept, y)
+    if contender == "sliced" and not inverse:
+        return lambda x: kept.transpose(1, 2) @ x
+    if contender == "sliced":
+        return lambda y: kept @ y
+    try:
+        from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
+    except ImportError as error:
+        raise Unavailable(f"gfnode_fast.ops has no graph_fourier: {error}") from error
+    if inverse:
+        return lambda y: inverse_graph_fourier(y, eigvecs)
+    return lambda x: graph_fourier(x, eigvecs, num_modes)

@@ -1,0 +1,96 @@
+"""Other people's solvers and eigensolvers, and our own operations measured beside them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import gfnode_fast
+from benchmarks import inputs
+from benchmarks.registry import Row
+from benchmarks.task import Task, Unavailable, function_task
+from gfnode_fast.data import Batch
+
+
+def initial_modes(row: Row, batch: Batch, width: int) -> Tensor:
+    """(M, B, 1, K) modal state of seeded features, requiring grad."""
+    generator = torch.Generator().manual_seed(inputs.SEED)
+    shape = (row.num_modes, row.batch, 1, width)
+    y0 = torch.randn(shape, generator=generator).to(batch.x.device, batch.x.dtype)
+    return y0.requires_grad_()
+
+
+def solve_ours(ode: nn.Module, y0: Tensor, s: Tensor) -> Tensor:
+    """Our joint solve in the reference's layout, (T, B, M, 1, K)."""
+    from gfnode_fast.ops.mode_rhs import right_hand_side
+    from gfnode_fast.solvers.joint import solve_joint
+    from gfnode_fast.solvers.tableau import ADAPTIVE
+
+    solved = solve_joint(
+        right_hand_side(ode.ode_func), y0, s, ADAPTIVE[ode.solver], ode.rtol, ode.atol
+    )
+    return solved.permute(1, 0, 3, 2, 4)
+
+
+def torchode_task(row: Row, batch: Batch, model: nn.Module) -> Task:
+    """torchode's parallel dopri5, each molecule with its own step size, on the features' ODE."""
+    try:
+        import torchode
+    except ImportError as error:
+        raise Unavailable(f"torchode is not installed: {error}") from error
+    ode = model.freq_conv.t_conv
+    if ode.ode_func.mode_interaction != "no_interaction" or ode.ode_func.time_embedding is not None:
+        raise Unavailable("the torchode row has the linear right-hand side only")
+    num_modes, width = row.num_modes, model.hidden_nf
+    weights = ode.ode_func.weights1
+    y0 = initial_modes(row, batch, width)
+    s = batch.timeframes / inputs.DELTA_FRAME
+
+    def derivative(_: Tensor, y: Tensor) -> Tensor:
+        return torch.einsum("bmi,mio->bmo", y.view(-1, num_modes, width), weights).flatten(1)
+
+    term = torchode.ODETerm(derivative)
+    method = torchode.Dopri5(term=term)
+    controller = torchode.IntegralController(atol=ode.atol, rtol=ode.rtol, term=term)
+    solver = torchode.AutoDiffAdjoint(method, controller).to(batch.x.device)
+
+    def call() -> tuple[Tensor, ...]:
+        state = y0.squeeze(2).transpose(0, 1).flatten(1)
+        problem = torchode.InitialValueProblem(
+            y0=state, t_start=torch.zeros_like(s[:, 0]), t_end=s[:, -1], t_eval=s
+        )
+        ys = solver.solve(problem).ys  # (B, T, M*K)
+        return (ys.view(row.batch, -1, num_modes, 1, width).transpose(0, 1),)
+
+    return function_task(row, call, {"y0": y0}, dict(model.named_parameters()))
+
+
+def eigh_task(contender: str, row: Row, device: torch.device) -> Task:
+    """Spectra of a batch of Laplacians; compared by eigenvalues and by what they recompose to."""
+    matrices = inputs.laplacians(row, device, inputs.dtype_of(row.precision))
+    host = matrices.cpu().numpy()
+
+    def numpy_loop() -> tuple[Tensor, Tensor]:
+        spectra = [np.linalg.eigh(matrix) for matrix in host]
+        values, vectors = (torch.from_numpy(np.stack(part)) for part in zip(*spectra, strict=True))
+        return values.to(device), vectors.to(device)
+
+    if contender == "torch":
+        run = lambda: torch.linalg.eigh(matrices)  # noqa: E731
+    elif contender == "numpy loop":
+        run = numpy_loop
+    else:
+        ours = getattr(getattr(gfnode_fast, "ops", None), "eigh", None)
+        if ours is None:
+            raise Unavailable("gfnode_fast.ops has no `eigh` in this version")
+        run = lambda: ours(matrices)  # noqa: E731
+
+    def values() -> dict[str, Tensor]:
+        spectrum, vectors = run()
+        return {
+            "output eigenvalues": spectrum,
+            "output recomposed": (vectors * spectrum[:, None]) @ vectors.transpose(1, 2),
+        }
+
+    return Task(run, values, min_bytes=2 * matrices.nbytes)

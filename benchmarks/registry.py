@@ -1,0 +1,205 @@
+"""Every row of the bench: what is computed, at which size, in which precision, and who competes.
+
+A row is data. `operations` turns a row and a contender into something that can be run, checked and
+timed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+MODELS: dict[str, dict[str, str]] = {
+    "egnn": {
+        "gnn_ablation_mode": "EGNN", "mode_interaction": "no_interaction", "time_mode": "none",
+    },
+    "sage_attention_concat": {
+        "gnn_ablation_mode": "GraphSAGE", "mode_interaction": "attention", "time_mode": "concat",
+    },
+}  # fmt: skip
+OPERATIONS = (
+    "model",
+    "propagation",  # both propagators: transforms and solve, features and vectors
+    "encoder",
+    "decoder",
+    "solve",  # the features' ODE alone
+    "graph_fourier",
+    "inverse_graph_fourier",
+    "eigh",
+    "graph_layer",
+)
+PHASES = ("forward", "backward", "step")  # backward: forward + backward; step: those + Adam
+TIMES = ("irregular", "regular")
+PRECISIONS = ("fp64", "fp32", "tf32", "bf16")
+BASELINES = ("U0", "U1", "C1")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the tables.
+
+    Attributes:
+        op, phase, model, times, precision: of OPERATIONS, PHASES, MODELS, TIMES, PRECISIONS.
+        batch, num_modes: B, M. Other widths are the published ones (K 64, Kt 32, T 8, 5 + 5
+        layers). molecule: shipped sample, or "random N" for op rows that need only a size.
+    """
+
+    op: str
+    phase: str
+    batch: int
+    num_modes: int = 2
+    model: str = "egnn"
+    times: str = "irregular"
+    precision: str = "fp32"
+    molecule: str = "aspirin"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("op", OPERATIONS),
+            ("phase", PHASES),
+            ("model", tuple(MODELS)),
+            ("times", TIMES),
+            ("precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"Row: `{name}` must be one of {choices}, got {getattr(self, name)!r}; "
+                    "correct the name"
+                )
+
+    @property
+    def name(self) -> str:
+        parts = [self.op, self.phase]
+        if self.op == "eigh":
+            return " ".join([*parts, self.molecule, f"B={self.batch}", self.precision])
+        parts += [self.model, f"M={self.num_modes}", f"B={self.batch}"]
+        return " ".join([*parts, self.times, self.precision])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+    def tiny(self) -> Row:
+        """The same row at a size that a CPU runs in a moment; precisions of GPUs become fp32."""
+        precision = self.precision if self.precision == "fp64" else "fp32"
+        return replace(self, batch=min(self.batch, 2), precision=precision, molecule="ethanol",
+                       num_modes=min(self.num_modes, 2))  # fmt: skip
+
+
+def contenders(row: Row) -> tuple[str, ...]:
+    """Who runs in a row, baselines first."""
+    if row.op == "eigh":
+        return ("torch", "numpy loop", "ours")
+    if row.op in ("graph_fourier", "inverse_graph_fourier"):
+        return ("U1", "sliced", "ours")
+    if row.op == "graph_layer":
+        return ("U1", "C1", "ours")
+    if row.op in ("encoder", "decoder"):
+        return ("U1", "C1", "ours")
+    ours = ("ours", "ours exact") if row.model == "egnn" else ("ours",)
+    peers = ("torchode",) if row.op == "solve" and row.model == "egnn" else ()
+    return (*BASELINES, *peers, *ours)
+
+
+def model_rows(
+    batches: Iterable[int],
+    *,
+    models: Iterable[str] = tuple(MODELS),
+    modes: Iterable[int] = (2, 13),
+    times: Iterable[str] = TIMES,
+    phases: Iterable[str] = ("forward", "step"),
+    precisions: Iterable[str] = ("fp32",),
+) -> Iterator[Row]:
+    for model, m, t, precision, batch, phase in product(
+        models, modes, times, precisions, batches, phases
+    ):
+        yield Row("model", phase, batch, m, model, t, precision)
+
+
+CPU_BATCHES = (1, 10, 50, 100, 200)
+
+
+def cpu_rows() -> list[Row]:
+    """The committed CPU table; the most telling rows first, so that a time limit cuts the least
+    of it.
+    """
+    rows = sorted(
+        model_rows(CPU_BATCHES),
+        key=lambda row: (
+            row.num_modes, row.phase != "step", row.times != "irregular", row.model, row.batch,
+        ),
+    )  # fmt: skip
+    propagation = [Row("propagation", "backward", batch) for batch in (50, 100, 200)]
+    return propagation[:1] + rows + propagation[1:] + cpu_op_rows()
+
+
+def cpu_op_rows() -> list[Row]:
+    pieces = [Row(op, "backward", 50, model=model) for op in ("encoder", "decoder", "graph_layer")
+              for model in MODELS]  # fmt: skip
+    transforms = [Row(op, "backward", 50, m) for op in ("graph_fourier", "inverse_graph_fourier")
+                  for m in (2, 13)]  # fmt: skip
+    spectra = [Row("eigh", "forward", 512, molecule=f"random {n}") for n in (13, 33)]
+    return [Row("solve", "backward", 50), *transforms, *pieces, *spectra]
+
+
+def gpu_core_rows() -> list[Row]:
+    """The target table, most important first."""
+    step = [
+        Row("model", "step", 50),
+        Row("model", "step", 4096, precision="tf32"),
+        Row("model", "step", 4096),
+        Row("model", "step", 50, precision="tf32"),
+    ]
+    forward = [Row("model", "forward", 4096, precision=p) for p in ("tf32", "fp32")]
+    ode = [Row("propagation", "backward", 4096)]
+    transforms = [Row(op, "forward", 4096) for op in ("graph_fourier", "inverse_graph_fourier")]
+    spectra = [Row("eigh", "forward", 4096, molecule=f"random {n}") for n in (13, 33, 64)]
+    bf16 = [Row("model", phase, 4096, precision="bf16") for phase in ("step", "forward")]
+    return [*step, *forward, *ode, *transforms, *spectra, *bf16]
+
+
+def gpu_matrix_rows() -> list[Row]:
+    """The combinations beside the target table."""
+    others = [
+        Row("model", "step", batch, m, model, times, precision)
+        for times in ("irregular", "regular")
+        for model, m in (("sage_attention_concat", 2), ("egnn", 13), ("sage_attention_concat", 13))
+        for batch in (50, 4096)
+        for precision in ("fp32", "tf32")
+    ]
+    regular = [Row("model", "step", batch, times="regular") for batch in (50, 512, 4096)]
+    sizes = [Row("model", "step", batch) for batch in (1, 512, 16384)]
+    layers = [
+        Row(op, "backward", 4096, model=model, precision=precision)
+        for op in ("graph_layer", "decoder", "encoder")
+        for model in MODELS
+        for precision in ("fp32", "tf32")
+    ]
+    return [*sizes, *layers, Row("solve", "backward", 4096), *regular, *others]
+
+
+SETS = {
+    "cpu": cpu_rows,
+    "gpu-core": gpu_core_rows,
+    "gpu-matrix": gpu_matrix_rows,
+}
+
+
+def select(rows: Iterable[Row], patterns: Iterable[str]) -> list[Row]:
+    """Rows whose name matches any shell pattern, `*` around each understood.
+
+    Raises:
+        ValueError: a pattern that matches nothing.
+    """
+    rows, chosen = list(rows), []
+    for pattern in patterns:
+        hits = [row for row in rows if fnmatch.fnmatch(row.name, f"*{pattern}*")]
+        if not hits:
+            raise ValueError(
+                f"select: `rows` must match a row, got {pattern!r}; try one of "
+                + "; ".join(row.name for row in rows[:5])
+            )
+        chosen += [row for row in hits if row not in chosen]
+    return chosen

@@ -1,0 +1,117 @@
+"""Measure rows of the registry and write them to JSON.
+
+    python benchmarks/run.py --set cpu --json benchmarks/results/cpu.json      the committed CPU
+    table
+    python benchmarks/run.py --rows "model step egnn M=2 B=50" --quick
+
+Every contender is checked against the reference before it is timed; one that fails is reported in
+its place. Rows that do not fit in --minutes are reported as skipped. The exit status is 1 when a
+contender failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks import environment
+from benchmarks.agreement import Checker
+from benchmarks.measure import QUICK, Effort, measure
+from benchmarks.registry import SETS, Row, contenders, select
+from benchmarks.report import table
+
+SCHEMA = 1
+
+
+def measure_all(
+    rows: list[Row], device: torch.device, effort: Effort, minutes: float, command: list[str]
+) -> dict[str, Any]:
+    """Measure rows in order until the time is up; the rest is reported as skipped."""
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "about": environment.describe(device, command),
+        "rows": [],
+    }
+    checker = Checker(device)
+    began = time.perf_counter()
+    for i, row in enumerate(rows):
+        spent = time.perf_counter() - began
+        if spent > 60 * minutes:
+            reason = f"the {minutes:g} minutes of this run were over"
+            skipped = {name: {"status": "skipped", "reason": reason} for name in contenders(row)}
+            result["rows"].append({"row": row.as_dict(), "contenders": skipped, "ratios": {}})
+            continue
+        print(f"[{spent:5.0f} s] {i + 1}/{len(rows)} {row.name}", file=sys.stderr, flush=True)
+        result["rows"].append(measure(row, device, checker, effort))
+    result["about"]["load_average_at_end"] = [round(load, 2) for load in os.getloadavg()]
+    result["about"]["minutes"] = round((time.perf_counter() - began) / 60, 1)
+    return result
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    return [
+        f"{entry['row']['name']}: {name}: {found['reason']}"
+        for entry in result["rows"]
+        for name, found in entry["contenders"].items()
+        if found["status"] == "failed"
+    ]
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--set", choices=sorted(SETS), default="cpu", help="rows to start from")
+    parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="only rows that match")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument(
+        "--quick", action="store_true", help="few samples, U0 only where it is fast"
+    )
+    parser.add_argument("--minutes", type=float, default=75.0, help="start no row after that")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.set_num_threads(options.threads)
+    rows = SETS[options.set]()
+    if options.rows:
+        rows = select(rows, options.rows)
+    with tempfile.TemporaryDirectory(prefix="gfnode-inductor-") as cache:
+        # Compile times are those of a cold compiler.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+        command = ["python", "benchmarks/run.py", *(arguments or sys.argv[1:])]
+        effort = QUICK if options.quick else Effort()
+        result = measure_all(rows, device, effort, options.minutes, command)
+    if options.json:
+        write(result, options.json)
+    print(table(result))
+    failed = failures(result)
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
