@@ -1,0 +1,229 @@
+"""Graph layers on T copies of one batch of graphs: EGNN, GraphSAGE, GCN.
+
+Each takes the state of all copies, copy-major (node i of copy t in row t*n + i), and the edges of
+one copy. Oracles: `gfnode_fast.reference.layers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gfnode_fast.ops.graph_layers_torch import (
+    EGNNWeights,
+    MeanWeights,
+    MLPWeights,
+    State,
+    split_egnn,
+    split_mean,
+)
+from gfnode_fast.ops.topology import Topology
+from gfnode_fast.reference.layers import COORDINATE_WIDTH
+
+
+def egnn_layer(
+    x: Tensor,
+    v: Tensor,
+    h: Tensor,
+    edges: Topology,
+    edge_fea: Tensor,
+    weights: EGNNWeights,
+    activation: nn.Module,
+    *,
+    norm: bool = False,
+    recompute: bool = False,
+) -> State:
+    """One EGNN layer with velocities (arXiv 2102.09844, as the published GF-NODE uses it).
+
+        r_ij = x_i - x_j;  q = |r|²  (q / max(|q|, 1e-12) with `norm`)
+        m_ij = message([q, h_i, h_j, e_ij]), activated at the end
+        x_i' = x_i + velocity(h_i) v_i + clamp(mean_j r_ij coordinate(m_ij), ±100)
+        h_i' = node([h_i, Σ_j m_ij]);  v' = v
+
+    Args:
+        x: (T*n, 3) positions.
+        v: (T*n, 3) velocities.
+        h: (T*n, K) features.
+        edges: of one copy, n nodes; messages run from `col` and are summed onto `row`.
+        edge_fea: (E, D) edge features of one copy, in the caller's order of edges.
+        weights: message 2K+1+D → hidden → K, coordinate and velocity K → hidden → 1, node
+            2K → hidden → K.
+        activation: applied element by element in every MLP (`flat` is Tanh and wider weights).
+        norm: normalise squared distances.
+        recompute: keep only the layer's inputs for backward, where one copy at a time is computed
+            again, instead of keeping the edge intermediates of all.
+
+    Returns:
+        x' (T*n, 3), v, h' (T*n, K).
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not match.
+
+    Notes:
+        Deterministic on the CPU: sums over neighbours run in the topology's order. Differentiable
+        any number of times.
+    """
+    _check_state("egnn_layer", x, v, h, edges, edge_fea)
+    width, edge_width = h.shape[-1], edge_fea.shape[1]
+    for name, mlp, ends in (
+        ("message", weights.message, (2 * width + 1 + edge_width, width)),
+        ("coordinate", weights.coordinate, (width, 1)),
+        ("velocity", weights.velocity, (width, 1)),
+        ("node", weights.node, (2 * width, width)),
+    ):
+        _check_mlp("egnn_layer", name, mlp, ends, h)
+
+    def layer(state: State, sorted_fea: Tensor) -> State:
+        return split_egnn(state, sorted_fea, edges, weights, activation, norm)
+
+    return _run(layer, (x, v, h), edge_fea, edges, recompute)
+
+
+def sage_layer(
+    x: Tensor,
+    v: Tensor,
+    h: Tensor,
+    edges: Topology,
+    edge_fea: Tensor,
+    weights: MeanWeights,
+    activation: nn.Module,
+    *,
+    recompute: bool = False,
+) -> State:
+    """One GraphSAGE layer on c = [x, v, h], width C = K + 6.
+
+        c_i' = c_i + node([c_i, mean_j edge([c_i, c_j, e_ij])])
+
+    Args:
+        x, v, h, edges, edge_fea, activation, recompute: as in `egnn_layer`.
+        weights: edge 2C+D → hidden → C, node 2C → hidden → C.
+
+    Returns, raises, notes: as in `egnn_layer`; v changes too.
+    """
+    return _mean_layer(
+        "sage_layer", (x, v, h), edges, edge_fea, weights, activation, recompute, node_inputs=2
+    )
+
+
+def gcn_layer(
+    x: Tensor,
+    v: Tensor,
+    h: Tensor,
+    edges: Topology,
+    edge_fea: Tensor,
+    weights: MeanWeights,
+    activation: nn.Module,
+    *,
+    recompute: bool = False,
+) -> State:
+    """One GCN layer on c = [x, v, h], width C = K + 6.
+
+        c_i' = c_i + node(mean_j edge([c_i, c_j, e_ij]))
+
+    Args:
+        x, v, h, edges, edge_fea, activation, recompute: as in `egnn_layer`.
+        weights: edge 2C+D → hidden → C, node C → hidden → C.
+
+    Returns, raises, notes: as in `egnn_layer`; v changes too.
+    """
+    return _mean_layer(
+        "gcn_layer", (x, v, h), edges, edge_fea, weights, activation, recompute, node_inputs=1
+    )
+
+
+def _mean_layer(
+    op: str,
+    state: State,
+    edges: Topology,
+    edge_fea: Tensor,
+    weights: MeanWeights,
+    activation: nn.Module,
+    recompute: bool,
+    node_inputs: int,
+) -> State:
+    _check_state(op, *state, edges, edge_fea)
+    width, edge_width = state[2].shape[-1] + COORDINATE_WIDTH, edge_fea.shape[1]
+    _check_mlp(op, "edge", weights.edge, (2 * width + edge_width, width), state[2])
+    _check_mlp(op, "node", weights.node, (node_inputs * width, width), state[2])
+
+    def layer(state: State, sorted_fea: Tensor) -> State:
+        return split_mean(state, sorted_fea, edges, weights, activation, node_inputs == 2)
+
+    return _run(layer, state, edge_fea, edges, recompute)
+
+
+def _run(
+    layer: Callable[[State, Tensor], State],
+    state: State,
+    edge_fea: Tensor,
+    edges: Topology,
+    recompute: bool,
+) -> State:
+    """`layer` on (T, n, ...) state; with `recompute`, copy by copy under a checkpoint."""
+    sorted_fea = edge_fea.index_select(0, edges.order)
+    copies = state[0].shape[0] // max(edges.num_nodes, 1)
+    x, v, h = (part.view(copies, edges.num_nodes, part.shape[1]) for part in state)
+    if recompute and torch.is_grad_enabled():
+        parts = [
+            checkpoint(
+                layer, (x[t : t + 1], v[t : t + 1], h[t : t + 1]), sorted_fea, use_reentrant=False
+            )
+            for t in range(copies)
+        ]
+        x, v, h = (torch.cat(part) for part in zip(*parts, strict=True))
+    else:
+        x, v, h = layer((x, v, h), sorted_fea)
+    return x.flatten(0, 1), v.flatten(0, 1), h.flatten(0, 1)
+
+
+def _check_state(
+    op: str, x: Tensor, v: Tensor, h: Tensor, edges: Topology, edge_fea: Tensor
+) -> None:
+    if h.dim() != 2 or (h.shape[0] % edges.num_nodes if edges.num_nodes else h.shape[0]):
+        raise ValueError(
+            f"{op}: `h` must be (T*{edges.num_nodes}, K) for a topology of {edges.num_nodes} "
+            f"nodes, got {tuple(h.shape)}; pass whole copies of the graph"
+        )
+    for name, value in (("x", x), ("v", v)):
+        _check_tensor(op, name, value, (h.shape[0], 3), h)
+    if edge_fea.dim() != 2:
+        raise ValueError(
+            f"{op}: `edge_fea` must be (E, D), got {tuple(edge_fea.shape)}; pass one row per edge"
+        )
+    _check_tensor(op, "edge_fea", edge_fea, (edges.num_edges, edge_fea.shape[1]), h)
+    if edges.row.device != h.device:
+        raise ValueError(
+            f"{op}: `edges` must be on {h.device} like h, got {edges.row.device}; build the "
+            "topology from edges on that device"
+        )
+
+
+def _check_mlp(op: str, name: str, mlp: MLPWeights, ends: tuple[int, int], like: Tensor) -> None:
+    if mlp.weight0.dim() != 2:
+        raise ValueError(
+            f"{op}: `{name}.weight0` must be (hidden, {ends[0]}), got "
+            f"{tuple(mlp.weight0.shape)}; pass nn.Linear's weight"
+        )
+    hidden = mlp.weight0.shape[0]
+    shapes = ((hidden, ends[0]), (hidden,), (ends[1], hidden), (ends[1],))
+    for field, value, shape in zip(mlp._fields, mlp, shapes, strict=True):
+        _check_tensor(op, f"{name}.{field}", value, shape, like)
+
+
+def _check_tensor(op: str, name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{op}: `{name}` must be {shape} for h {tuple(like.shape)}, got "
+            f"{tuple(value.shape)}; reshape it"
+        )
+    if value.dtype != like.dtype:
+        raise TypeError(
+            f"{op}: `{name}` must be {like.dtype} like h, got {value.dtype}; convert one of them"
+        )
+    if value.device != like.device:
+        raise ValueError(
+            f"{op}: `{name}` must be on {like.device} like h, got {value.device}; move it"
+        )

@@ -1,0 +1,109 @@
+"""The edges of one batch of graphs, sorted by row once and shared by every layer and copy."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_CACHED = 8  # training, validation and last-batch sizes of a run or two
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """Compressed sparse rows of directed edges; built by `topology`.
+
+    Attributes:
+        num_nodes: n, nodes of one copy.
+        order: (E,) int64, position in the caller's edge list of each sorted edge; equal rows keep
+            the caller's order, so sums over neighbours have one defined order.
+        row, col: (E,) int64, sorted by row.
+        row_start: (n + 1,) int64, first sorted edge of each row.
+    """
+
+    num_nodes: int
+    order: Tensor
+    row: Tensor
+    col: Tensor
+    row_start: Tensor
+
+    @property
+    def num_edges(self) -> int:
+        return self.row.shape[0]
+
+
+_cache: OrderedDict[tuple[int, int], tuple[Tensor, Tensor, Topology]] = OrderedDict()
+
+
+def topology(row: Tensor, col: Tensor, num_nodes: int) -> Topology:
+    """Sort the edges of a graph by row, or find them sorted already.
+
+    Args:
+        row, col: (E,) int64 or int32, any order, duplicates allowed.
+        num_nodes: n; nodes without edges are allowed.
+
+    Returns:
+        The topology, on the device of `row`.
+
+    Raises:
+        TypeError, ValueError: not integer vectors of one length and device; on the CPU also an end
+            outside 0 ... n-1 (elsewhere the look would cost a synchronisation).
+
+    Notes:
+        The last few CPU topologies are kept and found again by content (a copy of it, so that
+        writing to `row` in place cannot make one stale): a comparison is far cheaper than a sort
+        and, unlike a tensor's identity, survives a data loader. Linear in E but for the sort.
+    """
+    _check(row, col, num_nodes)
+    if row.device.type != "cpu" or torch.compiler.is_compiling():
+        return _build(row, col, num_nodes)
+    key = (num_nodes, row.shape[0])
+    found = _cache.get(key)
+    if found is not None and torch.equal(found[0], row) and torch.equal(found[1], col):
+        _cache.move_to_end(key)
+        return found[2]
+    _check_range("row", row, num_nodes)
+    _check_range("col", col, num_nodes)
+    built = _build(row, col, num_nodes)
+    _cache[key] = (row.clone(), col.clone(), built)
+    if len(_cache) > MAX_CACHED:
+        _cache.popitem(last=False)
+    return built
+
+
+def _build(row: Tensor, col: Tensor, num_nodes: int) -> Topology:
+    row, order = torch.sort(row.long(), stable=True)
+    nodes = torch.arange(num_nodes + 1, device=row.device)
+    return Topology(num_nodes, order, row, col.long()[order], torch.searchsorted(row, nodes))
+
+
+def _check(row: Tensor, col: Tensor, num_nodes: int) -> None:
+    for name, end in (("row", row), ("col", col)):
+        if end.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"topology: `{name}` must be torch.int64, got {end.dtype}; convert with .long()"
+            )
+        if end.dim() != 1 or end.shape != row.shape:
+            raise ValueError(
+                f"topology: `{name}` must be (E,), one length for row and col, got "
+                f"{tuple(end.shape)}; pass one node number per edge"
+            )
+        if end.device != row.device:
+            raise ValueError(
+                f"topology: `{name}` must be on {row.device} like row, got {end.device}; move it"
+            )
+    if num_nodes < 0:
+        raise ValueError(f"topology: `num_nodes` must be at least 0, got {num_nodes}; correct it")
+
+
+def _check_range(name: str, end: Tensor, num_nodes: int) -> None:
+    if end.numel() == 0:
+        return
+    low, high = (int(bound) for bound in end.aminmax())
+    if low < 0 or high >= num_nodes:
+        raise ValueError(
+            f"topology: `{name}` must be between 0 and {num_nodes - 1}, got {low} ... {high}; "
+            "correct the edges or num_nodes"
+        )
