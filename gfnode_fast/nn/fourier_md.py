@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gfnode_fast import reference
 from gfnode_fast.nn.graph_layers import apply_layer
+from gfnode_fast.ops.compiled_solve import check_compilable
 from gfnode_fast.ops.propagate import CHAOTIC_TIME_MODES, propagate
 from gfnode_fast.ops.topology import topology
 from gfnode_fast.reference.checks import check_choice, describe, refuse
@@ -19,7 +20,7 @@ from gfnode_fast.solvers.stats import SolveStats
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "torch", "compiled", "reference")
 PUBLISHED_SIGNATURE = inspect.signature(reference.FourierMD)
 
 
@@ -27,11 +28,13 @@ class FourierMD(reference.FourierMD):
     """Drop-in for the published `FourierMD`: the same arguments, state_dict, outputs and gradients.
 
     Args:
-        backend: "torch" solves at every molecule's own times, linear in the batch; "reference" is
-            the published algorithm with its costs; "auto" chooses once and says why
-            (`backend_reason`, and in the log). A request that cannot be served raises. Keyword
-            only, like every argument beyond the published ones, which are documented at
-            `gfnode_fast.reference.FourierMD` and may be given by position.
+        backend: "torch" solves at every molecule's own times, linear in the batch; "compiled" does
+            the same in graphs of torch.compile, made at the first use (half a minute to minutes;
+            see `solvers.compiled`); "reference" is the published algorithm with its costs; "auto"
+            chooses once, never "compiled", and says why (`backend_reason`, and in the log). A
+            request that cannot be served raises. Keyword only, like every argument beyond the
+            published ones, which are documented at `gfnode_fast.reference.FourierMD` and may be
+            given by position.
         recompute: keep only node states of the graph layers for backward and compute their edge
             quantities again there: slower by a fifth, several times less memory. No effect with
             backend="reference".
@@ -55,6 +58,8 @@ class FourierMD(reference.FourierMD):
         self.requested_backend = backend
         self.recompute = recompute
         self.backend, self.backend_reason = choose_backend(backend)
+        if self.backend == "compiled":
+            check_compilable(self.freq_conv.t_conv)
         self.last_solve = {"freq_conv": SolveStats(), "freq_conv_x": SolveStats()}
         if backend == "auto":
             logger.info("FourierMD: backend %s: %s", self.backend, self.backend_reason)
@@ -109,7 +114,7 @@ class FourierMD(reference.FourierMD):
             return super()._propagated(propagator, signal, s, eigvecs)
         stats = self.last_solve["freq_conv" if propagator is self.freq_conv else "freq_conv_x"]
         stats.reset()
-        return propagate(propagator, signal, s, eigvecs, stats)
+        return propagate(propagator, signal, s, eigvecs, stats, backend=self.backend)
 
 
 def choose_backend(requested: str) -> tuple[str, str]:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gfnode_fast.ops.compiled_solve import compiled_solve
 from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
 from gfnode_fast.ops.mode_rhs import right_hand_side
+from gfnode_fast.reference.checks import check_choice
 from gfnode_fast.reference.propagator import LinearBasisRHS, ModeODE, Propagator
 from gfnode_fast.solvers.grid import solve_grid
 from gfnode_fast.solvers.joint import solve_joint
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import ADAPTIVE, FIXED_GRID
 
+SOLVE_BACKENDS = ("torch", "compiled")
 CHAOTIC_TIME_MODES = ("posenc", "rope")
 
 
@@ -25,6 +28,8 @@ def propagate(
     times: Tensor,
     eigvecs: Tensor | None,
     stats: SolveStats | None = None,
+    *,
+    backend: str = "torch",
 ) -> Tensor:
     """The propagator's output with its own parameters, without the published output handling.
 
@@ -34,20 +39,26 @@ def propagate(
         times: (B, T) normalised times > 0.
         eigvecs: (B, N, N) for the graph basis, else ignored.
         stats: counts evaluations and steps when given.
+        backend: "torch", or "compiled" for torch.compile around the solver loop.
 
     Returns:
         (T, B, N, D, C).
 
     Raises:
+        ValueError: another backend.
+        RuntimeError: backend="compiled" with what it does not have (`check_compilable`).
         SolverError: non-finite state or step underflow.
 
     Notes:
         The published solver's accepted steps, values within rounding, gradients of the published
         discrete solve. Deterministic. Once differentiable; `times` get no gradient.
     """
+    check_choice("backend", backend, SOLVE_BACKENDS)
     stats = SolveStats() if stats is None else stats
     modes = _transform(propagator, signal, eigvecs)
-    if propagator.t_conv.no_ode:
+    if backend == "compiled":
+        solved = compiled_solve(propagator.t_conv, modes, times, stats)
+    elif propagator.t_conv.no_ode:
         function = right_hand_side(propagator.t_conv.ode_func)
         rows = modes.permute(1, 2, 0, 3).flatten(0, 1)
         stats.evaluations += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def function_of(rhs: RightHandSide) -> Function:
 
 @dataclass(frozen=True)
 class _Key:
-    """What a graph is made for; `rhs` is any right-hand side of that structure."""
+    """What a pair of graphs is made for."""
 
     structure: Hashable
     shapes: tuple[torch.Size, ...]
@@ -87,28 +87,52 @@ class _Key:
     dtype: torch.dtype
     device: torch.device
     tableau: str
-    tolerances: tuple[float, float]
+    tolerances: tuple[float, ...]
 
 
-@dataclass
-class _Graphs:
-    solve: TracedSolve
-    forward: Callable[..., Any] = field(init=False)
-    backward: Callable[..., Any] = field(init=False)
+class Graphs:
+    """The compiled methods of a traced solve."""
 
-    def __post_init__(self) -> None:
-        number = len(_GRAPHS)
-        self.forward = compile_graph(self.solve.forward, f"joint_{number}")
-        self.backward = compile_graph(self.solve.backward, f"joint_{number}_adjoint")
+    def __init__(self, solve: Any, number: int) -> None:
+        self.solve = solve
+        self.forward = compile_graph(solve.forward, f"{solve.tableau.name}_{number}")
+        self.backward = compile_graph(solve.backward, f"{solve.tableau.name}_{number}_adjoint")
 
 
-_GRAPHS: dict[_Key, _Graphs] = {}
+_GRAPHS: dict[_Key, Graphs] = {}
+
+
+def graphs_for(
+    rhs: RightHandSide,
+    structure: Hashable,
+    y0: Tensor,
+    tableau: Tableau,
+    make: Callable[[Function], object],
+    tolerances: tuple[float, ...],
+) -> Graphs:
+    """The graphs of this structure, state and method; made, not yet compiled, when new."""
+    modes, batch, components, channels = y0.shape
+    function = function_of(rhs)
+    key = _Key(
+        structure=structure,
+        shapes=tuple(p.shape for p in rhs.parameters),
+        state=(modes, components, channels),
+        is_single=batch == 1,
+        dtype=y0.dtype,
+        device=y0.device,
+        tableau=tableau.name,
+        tolerances=tolerances,
+    )
+    graphs = _GRAPHS.get(key)
+    if graphs is None:
+        graphs = _GRAPHS[key] = Graphs(make(function), len(_GRAPHS))
+    return graphs
 
 
 class _CompiledSolve(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, graphs: _Graphs, stats: SolveStats, times: Tensor, y0: Tensor, *parameters: Tensor
+        ctx: Any, graphs: Graphs, stats: SolveStats, times: Tensor, y0: Tensor, *parameters: Tensor
     ) -> Tensor:
         y0 = canonical(y0)
         detached = [p.detach() for p in parameters]
@@ -127,7 +151,8 @@ class _CompiledSolve(torch.autograd.Function):
         stats.rejected += len(accepted) - count
         ctx.graphs = graphs
         ctx.save_for_backward(times, t, dt, y, k, report[0], *parameters)
-        return values
+        out: Tensor = values
+        return out
 
     @staticmethod
     @once_differentiable
@@ -216,20 +241,14 @@ def solve_compiled(
     """
     modes, batch, components, channels = y0.shape
     num_times = times.shape[1]
-    function = function_of(rhs)
-    key = _Key(
-        structure=structure,
-        shapes=tuple(p.shape for p in rhs.parameters),
-        state=(modes, components, channels),
-        is_single=batch == 1,
-        dtype=y0.dtype,
-        device=y0.device,
-        tableau=tableau.name,
-        tolerances=(rtol, atol),
+    graphs = graphs_for(
+        rhs,
+        structure,
+        y0,
+        tableau,
+        lambda function: TracedSolve(function, tableau, rtol, atol),
+        (rtol, atol),
     )
-    graphs = _GRAPHS.get(key)
-    if graphs is None:
-        graphs = _GRAPHS[key] = _Graphs(TracedSolve(function, tableau, rtol, atol))
     own = times.detach().double()
     # One time would be a fixed size: read it twice.
     own = own.expand(-1, 2).contiguous() if num_times == 1 else own
@@ -241,7 +260,7 @@ def solve_compiled(
 
 @torch.compiler.disable(reason="the accepted steps are read on the host")  # type: ignore[untyped-decorator]
 def _solve(
-    graphs: _Graphs, stats: SolveStats, times: Tensor, y0: Tensor, rhs: RightHandSide
+    graphs: Graphs, stats: SolveStats, times: Tensor, y0: Tensor, rhs: RightHandSide
 ) -> Tensor:
     values: Tensor = _CompiledSolve.apply(  # type: ignore[no-untyped-call]
         graphs, stats, canonical(times), y0, *rhs.parameters

@@ -27,6 +27,8 @@ from gfnode_fast.solvers.tableau import Row, Tableau
 Function = Callable[..., Tensor]
 """(s 0-dim, y (R, M, C), *parameters) → dy/ds (R, M, C)."""
 
+PullBack = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+
 record_loop = torch.ops.higher_order.while_loop_stack_output
 """`while_loop` that returns the carries of every pass, stacked."""
 
@@ -186,7 +188,8 @@ class TracedSolve:
         c2, c3, c4 = self._polynomial(stages, dt).view(3, times.shape[0], 1, -1)
         y, k = (a.reshape(times.shape[0], 1, -1) for a in (y, k))
         value = y + x * (dt.to(y.dtype) * k + x * (c2 + x * (c3 + x * c4)))
-        return value * inside[..., None].to(y.dtype)
+        read: Tensor = value * inside[..., None].to(y.dtype)
+        return read
 
     def backward(
         self,
@@ -224,7 +227,7 @@ class TracedSolve:
             index = left - 1
             at = index.reshape(1)
             start = (a.index_select(0, at)[0] for a in (y, k, t, dt))
-            _, pull_back = torch.func.vjp(piece, *start, *parameters)
+            pull_back: PullBack = torch.func.vjp(piece, *start, *parameters)[1]
             more_y, more_k, grad_t, grad_dt, *more = pull_back((grad_y, grad_k, grad_values))
             grad_h = grad_h + first_accepted * torch.where(index == 0, grad_dt, grad_t)
             return (
@@ -241,6 +244,6 @@ class TracedSolve:
         _, grad_y, grad_k, grad_h, *grads = while_loop(
             proceed, body, (left, zero, zero.clone(), torch.zeros_like(dt[0]), *grads)
         )
-        _, pull_back = torch.func.vjp(self.begin, y[0], *parameters)
+        pull_back: PullBack = torch.func.vjp(self.begin, y[0], *parameters)[1]
         more_y, *more = pull_back((grad_k, grad_h))
         return grad_y + more_y, *(a + b for a, b in zip(grads, more, strict=True))
