@@ -78,7 +78,13 @@ def right_hand_side(module: ModeRHS | LinearBasisRHS) -> RightHandSide:
             e = _embed(embedding, s, mlp).to(weight.dtype)
             return torch.einsum("nk,mkc->nmc", e, weight)
 
-        return LinearRHS(module, weight[:, :channels], forcing, (weight[:, channels:], *time_mlp))
+        return LinearRHS(
+            module,
+            weight[:, :channels],
+            forcing,
+            (weight[:, channels:], *time_mlp),
+            is_proportional=module.time_mode == "concat",
+        )
 
     mix = _MIXERS[module.mode_interaction]
     mixer = _parameters(module, "attn.", "post_attn_linear.", "mlp.")
@@ -88,7 +94,7 @@ def right_hand_side(module: ModeRHS | LinearBasisRHS) -> RightHandSide:
         z = y
         if embedding is not None:
             e = _embed(embedding, s, rest[num_mixer:]).to(y.dtype)
-            z = torch.cat((y, e.expand(*y.shape[:2], -1)), dim=-1)
+            z = torch.cat((y, e.unsqueeze(1).expand(*y.shape[:2], -1)), dim=-1)
         z = mix(z, *rest[:num_mixer])
         return torch.bmm(z.transpose(0, 1), weight).transpose(0, 1)
 

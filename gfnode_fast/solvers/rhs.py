@@ -40,7 +40,7 @@ class RightHandSide(Protocol):
     """The reference's own function of (s, y (M, R, C)), whose rounding decides the steps."""
 
     def __call__(self, s: Tensor, y: Tensor) -> Tensor:
-        """0-dim s, y (R, M, C) → (R, M, C), differentiable."""
+        """s, 0-dim or (R,) with a time per row, y (R, M, C) → (R, M, C), differentiable."""
 
     def bind(self, parameters: Sequence[Tensor]) -> RightHandSide:
         """The same right-hand side with other parameters."""
@@ -57,6 +57,7 @@ class LinearRHS:
         weight: (M, C, C), real or complex; modes are multiplied from the left, y @ W.
         forcing: what the time embedding adds, or None; called with its own parameters.
         forcing_parameters: differentiable inputs of `forcing`.
+        is_proportional: whether the forcing is s times a constant.
     """
 
     def __init__(
@@ -65,20 +66,35 @@ class LinearRHS:
         weight: Tensor,
         forcing: Forcing | None = None,
         forcing_parameters: tuple[Tensor, ...] = (),
+        *,
+        is_proportional: bool = False,
     ) -> None:
         self.published = published
         self.weight = weight
         self.forcing = forcing
+        self.is_proportional = is_proportional
         self.parameters = (weight, *forcing_parameters)
+
+    def slope(self) -> Tensor | None:
+        """b (M, C) of a forcing s b; None if there is no forcing or another one."""
+        if self.forcing is None or not self.is_proportional:
+            return None
+        return self.forcing(self.weight.new_ones(1), *self.parameters[1:])[0]
 
     def __call__(self, s: Tensor, y: Tensor) -> Tensor:
         product = torch.bmm(y.transpose(0, 1), self.weight).transpose(0, 1)
         if self.forcing is None:
             return product
-        return product + self.forcing(s.reshape(1), *self.parameters[1:])
+        return product + self.forcing(s.reshape(-1), *self.parameters[1:])
 
     def bind(self, parameters: Sequence[Tensor]) -> LinearRHS:
-        return LinearRHS(self.published, parameters[0], self.forcing, tuple(parameters[1:]))
+        return LinearRHS(
+            self.published,
+            parameters[0],
+            self.forcing,
+            tuple(parameters[1:]),
+            is_proportional=self.is_proportional,
+        )
 
     def tape(self, parameters: Sequence[Tensor], *, wants_time: bool) -> Tape:
         return _LinearTape(self, parameters, wants_time)

@@ -1,0 +1,338 @@
+"""Linear and affine dynamics without a solver: the truncated exponential at each molecule's times.
+
+    y' = y W           y(t + x) = Σ_k x^k/k! P_k,   P_0 = y(t), P_{k+1} = P_k W
+    y' = y W + s b     the same with P_1 = P_0 W + t b, P_2 = P_1 W + b
+
+Time is cut into steps of size h = 1 / n, one step for trained norms, so that θ = h ‖W‖ is small
+enough for the degree K. Both n and K follow from ‖W‖ alone: they do not depend on the times, so an
+answer does not depend on batch mates. A step costs K products for the whole batch; every molecule
+reads its own times from the P_k by one batched product.
+
+Remainder. Written with the integral form of Taylor's remainder, what is left out of a step is at
+most θ^(K+1)/(K+1)! max‖y‖, the maximum along that step. As a matrix, T_K(hW) = exp(hW) (I + E) with
+‖E‖ <= e^θ θ^(K+1)/(K+1)! / (1 - θ/(K+2)): the steps together solve exactly, for rounding-free
+arithmetic, a system whose W is off by about ‖E‖/h (Al-Mohy and Higham, SIAM J. Sci. Comput. 33
+(2011) 488). Degrees are chosen with one order to spare, so that the derivative with respect to W,
+whose remainder is θ^K/K!, meets the tolerance too. With a forcing s b the remainder is
+θ^(K-1)/(K+1)! e^θ h²‖y''(t)‖, and since y'' changes by less than half its size within
+x = min(h, 0.4/‖W‖), the second difference of y bounds x²‖y''‖ by 32 max‖y‖.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gfnode_fast.solvers.errors import SolverError, check_state
+from gfnode_fast.solvers.forced import forced_response
+from gfnode_fast.solvers.rhs import LinearRHS, RightHandSide
+from gfnode_fast.solvers.stage import flat
+from gfnode_fast.solvers.stats import SolveStats
+
+MAX_DEGREE = 30
+MAX_THETA = {torch.float32: 2.0, torch.float64: 4.0}  # e^θ times rounding stays within the bound
+MAX_STEPS = 100_000
+NORM_SLACK = 1.001  # the norm itself is computed with rounding
+
+
+def remainder(theta: float, degree: int, *, affine: bool) -> float:
+    """Bound of a step's remainder relative to max‖y‖, and of its derivative's, at ‖hW‖ = θ."""
+    if theta >= degree + 1:
+        return math.inf
+    if not affine:
+        bound = theta**degree / math.factorial(degree)
+        return math.exp(theta) * bound / (1 - theta / (degree + 1))
+    if degree < 3:  # the derivative's remainder carries θ^(K-2), which must vanish with W
+        return math.inf
+    widening = 32 * max(1.0, (theta / 0.4) ** 2)
+    return widening * math.exp(theta) * theta ** (degree - 2) / math.factorial(degree)
+
+
+@lru_cache(maxsize=8)
+def _largest_thetas(dtype: torch.dtype, affine: bool) -> tuple[tuple[int, float], ...]:
+    """(K, largest θ that degree K serves) to the rounding of `dtype`, by bisection."""
+    tolerance = torch.finfo(dtype).eps
+    table = []
+    for degree in range(3 if affine else 1, MAX_DEGREE + 1):
+        low, high = 0.0, MAX_THETA[dtype]
+        for _ in range(100):
+            middle = (low + high) / 2
+            if remainder(middle, degree, affine=affine) <= tolerance:
+                low = middle
+            else:
+                high = middle
+        table.append((degree, low))
+    return tuple(table)
+
+
+def degree_and_substeps(norm: float, dtype: torch.dtype, *, affine: bool) -> tuple[int, int]:
+    """The cheapest degree K and number n of steps per unit of time for a given ‖W‖."""
+    candidates = (
+        (degree * max(1, math.ceil(norm / theta)), degree, max(1, math.ceil(norm / theta)))
+        for degree, theta in _largest_thetas(dtype, affine)
+    )
+    _, degree, substeps = min(candidates)
+    return degree, substeps
+
+
+@dataclass(frozen=True)
+class _Plan:
+    degree: int
+    substeps: int  # per unit of time
+    num_steps: int
+    may_overflow: bool  # whether the values have to be looked at
+
+
+def _make_plan(
+    rows: Tensor, weight: Tensor, slope: Tensor | None, times: Tensor, components: int
+) -> _Plan:
+    """Reads ‖W‖, max |y0|, max |b| and the times' range: the one host synchronisation of a solve.
+
+    ‖W‖ is bounded by sqrt(‖W‖_1 ‖W‖_∞), the largest over the modes.
+    """
+    size = weight.detach().abs()
+    norms = size.sum(dim=1).amax(dim=1) * size.sum(dim=2).amax(dim=1)
+    measured = [norms.amax().sqrt(), rows.detach().abs().amax(), times.amin(), times.amax()]
+    if slope is not None:
+        measured.append(slope.detach().abs().amax())
+    norm, start, first, last, *force = torch.stack([m.double() for m in measured]).tolist()
+    if not 0 < first <= last < math.inf:
+        raise ValueError(
+            f"exact: `times` must be positive and finite, got {first:g} ... {last:g}; time 0 is "
+            "the given state"
+        )
+    if not math.isfinite(start):
+        check_state("exact", rows, 0.0, 0.0, components)
+    if not all(map(math.isfinite, (norm, *force))):
+        raise SolverError(
+            f"exact: the weights must be finite, got a norm of {norm:g} at s = 0; lower the "
+            "learning rate or restart from an earlier checkpoint",
+            time=0.0,
+            step=0.0,
+            rows=[],
+        )
+    norm *= NORM_SLACK
+    dtype = weight.real.dtype if weight.is_complex() else weight.dtype
+    degree, substeps = degree_and_substeps(norm, dtype, affine=slope is not None)
+    if last * substeps > MAX_STEPS:
+        raise SolverError(
+            f"exact: ‖sW‖ must be below about {MAX_STEPS * MAX_THETA[dtype] / 2:.0e}, got "
+            f"{norm * last:.3g} (step {1 / substeps:.3g}, s up to {last:.3g}); use smaller weights "
+            "or earlier times",
+            time=0.0,
+            step=1 / substeps,
+            rows=[],
+        )
+    largest = start + max(last, 1.0) ** 2 * sum(force)
+    terms = MAX_THETA[dtype] + degree * math.log(max(norm / substeps, 1.0))
+    growth = norm * last + terms + math.log(max(largest, 1.0) * weight.shape[-1])
+    may_overflow = growth > math.log(torch.finfo(dtype).max) - 1
+    return _Plan(degree, substeps, max(1, math.ceil(last * substeps)), may_overflow)
+
+
+@lru_cache(maxsize=64)
+def _taylor_rows(degree: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """e_0 and (0, 1, 1/2, ... 1/K), whose running product with x is x^k/k!."""
+    first = torch.zeros(degree + 1, dtype=torch.float64)
+    first[0] = 1
+    ratios = torch.zeros(degree + 1, dtype=torch.float64)
+    ratios[1:] = 1 / torch.arange(1, degree + 1, dtype=torch.float64)
+    return first.to(device), ratios.to(device)
+
+
+def _taylor_weights(x: Tensor, degree: int) -> Tensor:
+    """x^k/k! for k = 0 ... K as a last axis, float64."""
+    first, ratios = _taylor_rows(degree, x.device)
+    return torch.addcmul(first, x.unsqueeze(-1), ratios).cumprod(dim=-1)
+
+
+def _reading_weights(plan: _Plan, times: Tensor, step: int, dtype: torch.dtype) -> Tensor:
+    """Weights (B, T, K+1) of the derivatives at a step's start, 0 for times outside the step."""
+    if plan.num_steps == 1:
+        return _taylor_weights(times, plan.degree).to(dtype)
+    inside = times > step
+    if step + 1 < plan.num_steps:
+        inside &= times <= step + 1
+    x = (times - step).where(inside, times.new_zeros(()))
+    return (_taylor_weights(x, plan.degree) * inside.unsqueeze(-1)).to(dtype)
+
+
+def _end_weights(plan: _Plan, like: Tensor) -> Tensor:
+    return _taylor_weights(like.new_ones((), dtype=torch.float64), plan.degree).to(like.dtype)
+
+
+def _by_mode(rows: Tensor) -> Tensor:
+    """(R, M, C) → (M, R, C), a view that a batched product takes as it is."""
+    return rows.transpose(0, 1)
+
+
+def _derivatives(
+    plan: _Plan, step: int, state: Tensor, weight: Tensor, slope: Tensor | None
+) -> Tensor:
+    """P (K+1, R, M, C) at a step's start."""
+    buffer = state.new_empty(plan.degree + 1, *state.shape)
+    buffer[0] = state
+    for k in range(plan.degree):
+        torch.bmm(_by_mode(buffer[k]), weight, out=_by_mode(buffer[k + 1]))
+        if slope is not None and k < 2:
+            buffer[k + 1].add_(slope, alpha=step if k == 0 else 1)
+    return buffer
+
+
+def _advance(plan: _Plan, buffer: Tensor) -> Tensor:
+    """State (R, M, C) at a step's end."""
+    used = flat(buffer)
+    end = torch.mv(used.t(), _end_weights(plan, used))
+    if buffer.is_complex():
+        return torch.view_as_complex(end.view(*buffer.shape[1:], 2))
+    return end.view(buffer.shape[1:])
+
+
+class _ExactSolve(torch.autograd.Function):
+    """In units of one step: times, W and b come scaled, so that h = 1 and no power overflows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: _Plan,
+        times: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        slope: Tensor | None,
+    ) -> Tensor:
+        batch = len(times)
+        starts = [rows]
+        values = rows.new_empty(0)
+        for step in range(plan.num_steps):
+            buffer = _derivatives(plan, step, starts[-1], weight, slope)
+            by_molecule = flat(buffer).view(len(buffer), batch, -1).transpose(0, 1)
+            reading = _reading_weights(plan, times, step, by_molecule.dtype)
+            if step == 0:
+                values = torch.bmm(reading, by_molecule)
+            else:
+                values.baddbmm_(reading, by_molecule)
+            if step + 1 < plan.num_steps:
+                starts.append(_advance(plan, buffer))
+        ctx.plan, ctx.has_slope = plan, slope is not None
+        forced = () if slope is None else (slope,)
+        ctx.save_for_backward(times, weight, *forced, buffer, *starts)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_values: Tensor) -> Any:
+        plan: _Plan = ctx.plan
+        times, weight, *saved = ctx.saved_tensors
+        slope = saved.pop(0) if ctx.has_slope else None
+        buffer, *starts = saved
+        adjoint_weight = weight.mH
+        grad_weight = grad_slope = None
+        grad_state = None
+        for step in reversed(range(plan.num_steps)):
+            if step + 1 < plan.num_steps:
+                buffer = _derivatives(plan, step, starts[step], weight, slope)
+            reading = _reading_weights(plan, times, step, grad_values.dtype)
+            by_molecule = torch.bmm(reading.transpose(1, 2), grad_values)
+            grad_flat = by_molecule.transpose(0, 1).reshape(len(buffer), -1)
+            if grad_state is not None:
+                grad_flat.addr_(_end_weights(plan, grad_flat), flat(grad_state.unsqueeze(0))[0])
+            grad = grad_flat.view(*buffer.shape, 2) if buffer.is_complex() else grad_flat
+            grad = torch.view_as_complex(grad) if buffer.is_complex() else grad.view(buffer.shape)
+            for k in reversed(range(plan.degree)):
+                _by_mode(grad[k]).baddbmm_(_by_mode(grad[k + 1]), adjoint_weight)
+            if ctx.needs_input_grad[3]:
+                before = buffer[:-1].flatten(0, 1).permute(1, 2, 0).conj()
+                more = torch.bmm(before, _by_mode(grad[1:].flatten(0, 1)))
+                grad_weight = more if grad_weight is None else grad_weight.add_(more)
+            if slope is not None:
+                ends = grad[1:3].sum(dim=1)
+                more = ends[0] * step + ends[1]
+                grad_slope = more if grad_slope is None else grad_slope.add_(more)
+            grad_state = grad[0]
+        return None, None, grad_state, grad_weight, grad_slope
+
+
+def solve_exact(
+    rhs: RightHandSide,
+    y0: Tensor,
+    times: Tensor,
+    rtol: float = 1e-6,
+    atol: float = 1e-9,
+    stats: SolveStats | None = None,
+) -> Tensor:
+    """Values of linear or affine dynamics at every molecule's own times, without a solver.
+
+    Args:
+        rhs: a right-hand side that does not mix modes.
+        y0: (M, B, D, C) state at s = 0, real or complex; D components ride along as rows.
+        times: (B, T) normalised times > 0.
+        rtol, atol: tolerances of the quadrature of a forcing that is not proportional to s; the
+            part that is linear in y0, and a forcing s b, are exact whatever they are.
+        stats: counts products with W (evaluations) and steps when given.
+
+    Returns:
+        (B, T, D, M, C). Relative to max‖y‖ along the path the error is at most 1e-6 max(1, ‖sW‖) in
+        float32 and 1e-13 max(1, ‖sW‖) in float64, apart from how much the dynamics itself magnifies
+        rounding.
+
+    Raises:
+        ValueError: a right-hand side that mixes modes, so is not linear.
+        SolverError: a state or weights that are not finite; a forcing that cannot be resolved.
+
+    Notes:
+        Deterministic. Linear in B and T; ‖sW‖ / 2 or so steps when that exceeds 1. The norms of W
+        and y0 are read on the host once per solve, on a GPU too. Once differentiable, in y0 and the
+        parameters (the forcing's own any number of times); `times` get no gradient. An answer does
+        not depend on batch mates beyond the rounding of the matrix products.
+    """
+    if not isinstance(rhs, LinearRHS):
+        raise ValueError(
+            "exact: `rhs` must be linear or affine in y, got one that mixes modes; use "
+            "mode_interaction='no_interaction' or solver_mode='joint'"
+        )
+    modes, batch, components, channels = y0.shape
+    rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels)
+    times = times.detach().double()
+    slope = rhs.slope()
+    plan = _make_plan(rows, rhs.weight, slope, times, components)
+    weight, forced, scaled = rhs.weight, slope, times
+    if plan.substeps > 1:
+        weight, scaled = weight / plan.substeps, times * plan.substeps
+        forced = None if slope is None else slope / plan.substeps**2
+    values: Tensor = _ExactSolve.apply(  # type: ignore[no-untyped-call]
+        plan, scaled, rows, weight, forced
+    )
+    if plan.may_overflow:
+        _check_values(values, times, plan)
+    if stats is not None:
+        stats.evaluations += plan.degree * plan.num_steps
+        stats.accepted += plan.num_steps
+    if y0.is_complex():
+        values = torch.view_as_complex(values.view(*values.shape[:2], -1, 2))
+    values = values.view(batch, -1, components, modes, channels)
+    if slope is None and rhs.forcing is not None:
+        values = values + forced_response(rhs, times, rtol, atol).unsqueeze(2)
+    return values
+
+
+def _check_values(values: Tensor, times: Tensor, plan: _Plan) -> None:
+    """Raise SolverError at the first time at which a molecule's values are not finite."""
+    bad = ~torch.isfinite(values.detach()).all(dim=-1)
+    if not bad.any():
+        return
+    rows = bad.any(dim=1).nonzero().flatten().tolist()
+    time = times[bad].min().item()
+    raise SolverError(
+        f"exact: the state must be finite, got non-finite values at s = {time:.6g} (step "
+        f"{1 / plan.substeps:.3g}) in molecule(s) {rows[:8]}{' ...' if len(rows) > 8 else ''}; "
+        "the weights make the state outgrow its dtype: lower the learning rate or use float64",
+        time=time,
+        step=1 / plan.substeps,
+        rows=rows,
+    )
