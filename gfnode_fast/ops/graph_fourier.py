@@ -1,36 +1,184 @@
 """Graph Fourier transform onto the first M Laplacian eigenvectors, and back.
 
     modes[b, m] = Σ_n U[b, n, m] signal[b, n]          m < M
-    signal[t, b, n] = Σ_m U[b, n, m] modes[t, b, m]
+    signal[t, b, n] = act(Σ_m U[b, n, m] modes[t, b, m]) + residual[b, n] + centroid[b, n]
 
-Discarded modes are never formed and U is never expanded to T copies.
+Discarded modes are never formed and U is never expanded to T copies. Molecules of different size
+share a batch by offsets: `ptr` (B+1,) holds each molecule's first atom and the total, signals are
+(ΣN, C), and the eigenvectors of all molecules follow each other, row-major, in one buffer (ΣN²,).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from gfnode_fast.ops import graph_fourier_registered  # noqa: F401 - registers the operators
+from gfnode_fast.ops.dispatch import choose_backend
+from gfnode_fast.ops.graph_fourier_torch import project, synthesise
+
+ACTIVATIONS = (None, "silu")
 
 
-def _check(op: str, eigvecs: Tensor, num_modes: int) -> None:
-    if eigvecs.dim() != 3 or eigvecs.shape[1] != eigvecs.shape[2]:
+def graph_fourier(
+    signal: Tensor,
+    eigvecs: Tensor,
+    num_modes: int,
+    *,
+    ptr: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Project a signal onto the first `num_modes` eigenvectors.
+
+    modes[b, m] = Σ_n U[b, n, m] signal[b, n]
+
+    Args:
+        signal: (B, N, C), floating point; (ΣN, C) with `ptr`.
+        eigvecs: (B, N, N), eigenvectors in columns, ascending eigenvalue, dtype and device of the
+            signal; (ΣN²,) with `ptr`.
+        num_modes: M; at most N. With `ptr`, modes that a molecule does not have (m >= N_b) are 0.
+        ptr: (B+1,) int64, ascending from 0 to ΣN, on the signal's device: molecule b owns the atoms
+            ptr[b] ... ptr[b+1]-1. Its values are checked on the CPU only: reading them from a GPU
+            would wait for it.
+        backend: "torch", "triton", or "auto", which is "torch" as long as the Triton kernels have
+            not run on hardware.
+
+    Returns:
+        (B, M, C), contiguous.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or values that do not match.
+        RuntimeError: Triton was asked for and cannot serve.
+
+    Notes:
+        Deterministic. Sums in the signal's dtype, in fp32 for 16-bit Triton. Torch without `ptr` is
+        differentiable any number of times; otherwise twice with respect to the signal, once with
+        respect to the eigenvectors. The torch path with `ptr` reads `ptr` on the host.
+    """
+    backend, _ = choose_backend("graph_fourier", backend)
+    _check_eigvecs("graph_fourier", eigvecs, num_modes, ptr)
+    if ptr is None:
+        matches = signal.dim() == 3 and signal.shape[:2] == eigvecs.shape[:2]
+        _check_like("graph_fourier", "signal", signal, "(B, N, C)", matches, eigvecs)
+    else:
+        _check_like("graph_fourier", "signal", signal, "(ΣN, C)", signal.dim() == 2, eigvecs)
+    if backend == "torch" and ptr is None:
+        return project(signal, eigvecs, num_modes)
+    result: Tensor = torch.ops.gfnode_fast.graph_fourier(signal, eigvecs, num_modes, ptr, backend)
+    return result
+
+
+def inverse_graph_fourier(
+    modes: Tensor,
+    eigvecs: Tensor,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    centroid: Tensor | None = None,
+    ptr: Tensor | None = None,
+    total_atoms: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Synthesise a signal at T times from its first M modes.
+
+    out[t, b, n] = act(Σ_m U[b, n, m] modes[t, b, m]) + residual[b, n] + centroid[b, n]
+
+    Args:
+        modes: (T, B, M, C), floating point.
+        eigvecs: (B, N, N), eigenvectors in columns, ascending eigenvalue; (ΣN²,) with `ptr`.
+        residual: (B, N, C), added after the activation; (ΣN, C) with `ptr`.
+        activation: None or "silu".
+        centroid: (B, N, C/2), or (ΣN, C/2) with `ptr`, added to the even channels: for coordinates,
+            whose channels are (x, v_x, y, v_y, z, v_z), the centroid of an atom's molecule.
+        ptr: (B+1,) int64 offsets of molecules of different size, as in `graph_fourier`; modes that
+            a molecule does not have are ignored.
+        total_atoms: ΣN, needed with `ptr` where neither residual nor centroid tells it (the last
+            entry of `ptr` is not read from the device).
+        backend: as in `graph_fourier`.
+
+    Returns:
+        (T, B, N, C), or (T, ΣN, C) with `ptr`; contiguous.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or values that do not match.
+        RuntimeError: Triton was asked for and cannot serve.
+
+    Notes:
+        Deterministic. Once differentiable. Backward forms the argument of the activation again.
+    """
+    op = "inverse_graph_fourier"
+    backend, _ = choose_backend(op, backend)
+    if activation not in ACTIVATIONS:
         raise ValueError(
-            f"{op}: `eigvecs` must be (B, N, N), got {tuple(eigvecs.shape)}; pass one square "
-            "matrix of eigenvectors in columns per molecule"
+            f"{op}: `activation` must be None or 'silu', got {activation!r}; apply others to the "
+            "result"
         )
-    if not 1 <= num_modes <= eigvecs.shape[1]:
+    if modes.dim() != 4:
         raise ValueError(
-            f"{op}: `num_modes` must be between 1 and {eigvecs.shape[1]}, the number of atoms, got "
-            f"{num_modes}; lower it"
+            f"{op}: `modes` must be (T, B, M, C), got {tuple(modes.shape)}; reshape it"
+        )
+    _check_eigvecs(op, eigvecs, modes.shape[2], ptr)
+    batch = eigvecs.shape[0] if ptr is None else ptr.shape[0] - 1
+    _check_like(op, "modes", modes, f"(T, {batch}, M, C)", modes.shape[1] == batch, eigvecs)
+    channels = modes.shape[3]
+    if centroid is not None and channels % 2:
+        raise ValueError(
+            f"{op}: `modes` must have an even number of channels beside a centroid, got {channels};"
+            " channels are pairs of position and velocity"
+        )
+    total = _total_atoms(op, eigvecs, residual, centroid, ptr, total_atoms)
+    leading = eigvecs.shape[:2] if ptr is None else (total,)
+    for name, value, width in (
+        ("residual", residual, channels),
+        ("centroid", centroid, channels // 2),
+    ):
+        if value is not None:
+            shape = (*leading, width)
+            _check_like(op, name, value, str(tuple(shape)), value.shape == shape, eigvecs)
+    if backend == "torch" and ptr is None:
+        return synthesise(modes, eigvecs, residual, centroid, activation)
+    result: Tensor = torch.ops.gfnode_fast.inverse_graph_fourier(
+        modes, eigvecs, residual, centroid, activation, ptr, total, backend
+    )
+    return result if ptr is not None else result.unflatten(1, eigvecs.shape[:2])
+
+
+def _check_eigvecs(op: str, eigvecs: Tensor, num_modes: int, ptr: Tensor | None) -> None:
+    if not eigvecs.is_floating_point():
+        raise TypeError(f"{op}: `eigvecs` must be floating point, got {eigvecs.dtype}; convert it")
+    if ptr is None:
+        if eigvecs.dim() != 3 or eigvecs.shape[1] != eigvecs.shape[2]:
+            raise ValueError(
+                f"{op}: `eigvecs` must be (B, N, N), got {tuple(eigvecs.shape)}; pass one square "
+                "matrix of eigenvectors in columns per molecule, or `ptr`"
+            )
+        if not 1 <= num_modes <= eigvecs.shape[1]:
+            raise ValueError(
+                f"{op}: `num_modes` must be between 1 and {eigvecs.shape[1]}, the number of atoms, "
+                f"got {num_modes}; lower it"
+            )
+        return
+    if eigvecs.dim() != 1:
+        raise ValueError(
+            f"{op}: `eigvecs` must be (ΣN²,) beside `ptr`, got {tuple(eigvecs.shape)}; put the "
+            "molecules' matrices, flattened row by row, one after the other"
+        )
+    if num_modes < 1:
+        raise ValueError(f"{op}: `num_modes` must be at least 1, got {num_modes}; raise it")
+    if ptr.dtype != torch.int64:
+        raise TypeError(f"{op}: `ptr` must be torch.int64, got {ptr.dtype}; convert it")
+    if ptr.dim() != 1 or ptr.shape[0] < 1:
+        raise ValueError(
+            f"{op}: `ptr` must be (B+1,), got {tuple(ptr.shape)}; pass each molecule's first atom "
+            "and the total"
+        )
+    if ptr.device != eigvecs.device:
+        raise ValueError(
+            f"{op}: `ptr` must be on {eigvecs.device} like eigvecs, got {ptr.device}; move it"
         )
 
 
-def _check_operand(
-    op: str, name: str, value: Tensor, shape: str, matches: bool, of: Tensor
-) -> None:
+def _check_like(op: str, name: str, value: Tensor, shape: str, matches: bool, of: Tensor) -> None:
     if not matches:
         raise ValueError(
             f"{op}: `{name}` must be {shape} for eigvecs {tuple(of.shape)}, got "
@@ -47,76 +195,26 @@ def _check_operand(
         )
 
 
-def graph_fourier(signal: Tensor, eigvecs: Tensor, num_modes: int) -> Tensor:
-    """Project a signal onto the first `num_modes` eigenvectors.
-
-    Args:
-        signal: (B, N, C).
-        eigvecs: (B, N, N), eigenvectors in columns, ascending eigenvalue.
-        num_modes: M.
-
-    Returns:
-        (B, M, C).
-
-    Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not match.
-
-    Notes:
-        Deterministic; differentiable any number of times.
-    """
-    _check("graph_fourier", eigvecs, num_modes)
-    matches = signal.dim() == 3 and signal.shape[:2] == eigvecs.shape[:2]
-    _check_operand("graph_fourier", "signal", signal, "(B, N, C)", matches, eigvecs)
-    return torch.bmm(eigvecs[:, :, :num_modes].transpose(1, 2), signal)
-
-
-class _InverseGraphFourier(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, modes: Tensor, eigvecs: Tensor) -> Tensor:
-        ctx.save_for_backward(modes, eigvecs)
-        kept = eigvecs[:, :, : modes.shape[2]]
-        times, batch, _, channels = modes.shape
-        out = modes.new_empty(times, batch, eigvecs.shape[1], channels)
-        for t in range(times):
-            torch.bmm(kept, modes[t], out=out[t])
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        modes, eigvecs = ctx.saved_tensors
-        num_modes = modes.shape[2]
-        adjoint = eigvecs[:, :, :num_modes].transpose(1, 2)
-        grad_modes = grad_eigvecs = None
-        if ctx.needs_input_grad[0]:
-            grad_modes = torch.empty_like(modes, memory_format=torch.contiguous_format)
-            for t in range(len(grad)):
-                torch.bmm(adjoint, grad[t], out=grad_modes[t])
-        if ctx.needs_input_grad[1]:
-            grad_eigvecs = torch.zeros_like(eigvecs)
-            for t in range(len(grad)):
-                grad_eigvecs[:, :, :num_modes] += torch.bmm(grad[t], modes[t].transpose(1, 2))
-        return grad_modes, grad_eigvecs
-
-
-def inverse_graph_fourier(modes: Tensor, eigvecs: Tensor) -> Tensor:
-    """Synthesise a signal at T times from its first M modes.
-
-    Args:
-        modes: (T, B, M, C).
-        eigvecs: (B, N, N), eigenvectors in columns, ascending eigenvalue.
-
-    Returns:
-        (T, B, N, C).
-
-    Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not match.
-
-    Notes:
-        Deterministic; once differentiable.
-    """
-    matches = modes.dim() == 4 and modes.shape[1] == eigvecs.shape[0]
-    _check("inverse_graph_fourier", eigvecs, modes.shape[2] if matches else 1)
-    _check_operand("inverse_graph_fourier", "modes", modes, "(T, B, M, C)", matches, eigvecs)
-    out: Tensor = _InverseGraphFourier.apply(modes, eigvecs)  # type: ignore[no-untyped-call]
-    return out
+def _total_atoms(
+    op: str,
+    eigvecs: Tensor,
+    residual: Tensor | None,
+    centroid: Tensor | None,
+    ptr: Tensor | None,
+    given: int | None,
+) -> int:
+    if ptr is None:
+        if given is not None:
+            raise ValueError(
+                f"{op}: `total_atoms` must be absent without `ptr`, got {given}; leave it out"
+            )
+        return eigvecs.shape[0] * eigvecs.shape[1]
+    if given is not None:
+        return given
+    for rows in (residual, centroid):
+        if rows is not None:
+            return rows.shape[0]
+    raise ValueError(
+        f"{op}: `total_atoms` must be given with `ptr` and neither residual nor centroid, got "
+        "None; pass the sum of the molecules' atoms"
+    )
