@@ -48,7 +48,8 @@ def _sample(force: Force, start: int, panels: int, device: torch.device) -> Tens
     nodes, _, _ = _interpolation(device)
     panel = torch.arange(panels, dtype=torch.float64, device=device)
     s = start + (panel.unsqueeze(1) + nodes) / panels
-    return force(s.flatten()).unflatten(0, (panels, NODES))
+    values: Tensor = force(s.flatten()).unflatten(0, (panels, NODES))
+    return values
 
 
 def _resolve(
@@ -161,4 +162,5 @@ def forced_response(rhs: LinearRHS, times: Tensor, rtol: float, atol: float) -> 
     for k in reversed(range(num_terms)):
         term = torch.cat([series[k] for series in tables], dim=1).transpose(0, 1).to(dtype)
         p = torch.addcmul(term[row], p, x)
-    return p.unflatten(0, times.shape)
+    response: Tensor = p.unflatten(0, times.shape)
+    return response

@@ -1,6 +1,6 @@
-"""Fixed-step methods on the union of all molecules' times, as published, and its adjoint.
+"""Fixed-step methods on a grid of times, and their adjoint; the published grid.
 
-The union of the output times *is* the step grid, so the cost is O(L) steps by nature, L <=
+The published grid is the union of all molecules' times, so its cost is O(L) steps by nature, L <=
 delta_frame united times. Memory is O(sqrt(L)): a state is kept every sqrt(L) steps, the rest is
 recomputed.
 """
@@ -8,7 +8,7 @@ recomputed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +21,24 @@ from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import Tableau
 
 
-class _Readings:
-    """Which (molecule, time) pairs are read at which grid point."""
+class Readings(Protocol):
+    """A grid, and which (molecule, time) pairs are read at each of its points."""
+
+    grid: list[float]
+    """Points of time, from 0 to the last output time or past it."""
+    reads_slopes: bool
+    """Whether dy/ds is read too, at the last point at the price of one more evaluation."""
+
+    def at(self, point: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Molecules (P,) and times (P,) read at a grid point, with the weights (2, P) of y and
+        dy/ds there; None for y itself. A value is the sum over the points that it is read at.
+        """
+
+
+class _Union:
+    """Every time is a grid point."""
+
+    reads_slopes = False
 
     def __init__(self, times: Tensor) -> None:
         grid, position = torch.unique(times, sorted=True, return_inverse=True)
@@ -31,16 +47,11 @@ class _Readings:
         self.molecule = pairs // times.shape[1]
         self.time = pairs % times.shape[1]
         counts = torch.bincount(position.flatten(), minlength=len(grid))
-        self.ends = [0, *counts.cumsum(0).tolist()]
+        self.ends = [0, 0, *counts.cumsum(0).tolist()]
 
-    @property
-    def num_steps(self) -> int:
-        return len(self.grid) - 1
-
-    def at(self, point: int) -> tuple[Tensor, Tensor]:
-        """(molecules, times) read at grid point `point` > 0."""
-        window = slice(self.ends[point - 1], self.ends[point])
-        return self.molecule[window], self.time[window]
+    def at(self, point: int) -> tuple[Tensor, Tensor, None]:
+        window = slice(self.ends[point], self.ends[point + 1])
+        return self.molecule[window], self.time[window], None
 
 
 def _segments(num_steps: int) -> Iterator[tuple[int, int]]:
@@ -57,32 +68,42 @@ class _GridSolve(torch.autograd.Function):
         rhs: RightHandSide,
         tableau: Tableau,
         stats: SolveStats,
-        times: Tensor,
+        readings: Readings,
+        shape: tuple[int, int],
         y0: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        batch, num_times = times.shape
-        readings = _Readings(times)
-        checkpoint_at = {start for start, _ in _segments(readings.num_steps)}
+        batch = shape[0]
+        num_steps = len(readings.grid) - 1
+        checkpoint_at = {start for start, _ in _segments(num_steps)}
         checkpoints = []
         buffer = y0.new_empty(tableau.num_stages + 1, *y0.shape)
-        values = flat(buffer).new_empty(batch, num_times, flat(buffer).shape[1] // batch)
+        values = flat(buffer).new_zeros(*shape, flat(buffer).shape[1] // batch)
 
         def evaluate(time: float, y: Tensor) -> Tensor:
             stats.evaluations += 1
             return rhs(_scalar(time, y), y)
 
+        def check(point: int) -> None:
+            step = readings.grid[point] - readings.grid[max(point - 1, 0)]
+            check_state(tableau.name, y, readings.grid[point], step, y.shape[0] // batch)
+
         y = y0
-        for index in range(readings.num_steps):
+        for index in range(num_steps):
             if index in checkpoint_at:
+                check(index)
                 checkpoints.append(y)
-            y = _step(evaluate, buffer, tableau, readings, index, y)
-            molecules, slots = readings.at(index + 1)
-            values[molecules, slots] = flat(y.unsqueeze(0)).view(batch, -1)[molecules]
-        stats.accepted += readings.num_steps
-        check_state(tableau.name, y, readings.grid[-1], 0.0, y.shape[0] // batch)
+            end = _step(evaluate, buffer, tableau, readings, index, y)
+            _read(values, buffer, readings, index)
+            y = end
+        check(num_steps)
+        buffer[0] = y
+        if readings.reads_slopes:
+            buffer[1] = evaluate(readings.grid[-1], y)
+        _read(values, buffer, readings, num_steps)
+        stats.accepted += num_steps
         ctx.rhs, ctx.tableau, ctx.readings = rhs, tableau, readings
-        ctx.save_for_backward(*parameters, *checkpoints)
+        ctx.save_for_backward(*parameters, *checkpoints, y)
         return values
 
     @staticmethod
@@ -90,41 +111,64 @@ class _GridSolve(torch.autograd.Function):
     def backward(ctx: Any, grad_values: Tensor) -> Any:
         rhs, tableau, readings = ctx.rhs, ctx.tableau, ctx.readings
         count = len(rhs.parameters)
-        parameters, checkpoints = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        parameters, (*checkpoints, last) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         tape = rhs.tape(parameters, wants_time=False)
         bound = rhs.bind(parameters)
-        first = checkpoints[0]
-        buffer = first.new_empty(tableau.num_stages + 1, *first.shape)
-        grad_buffer = torch.empty_like(buffer)
-        grad_y = torch.zeros_like(first)
-        flat_grad = flat(grad_y.unsqueeze(0)).view(grad_values.shape[0], -1)
+        buffer = last.new_empty(tableau.num_stages + 1, *last.shape)
+        grad_buffer = torch.zeros_like(buffer)
+        num_steps = len(readings.grid) - 1
 
         def evaluate(time: float, y: Tensor) -> Tensor:
             k: Tensor = bound(_scalar(time, y), y)
             return k
 
-        segments = list(_segments(readings.num_steps))
+        _pull_reading(grad_buffer, grad_values, readings, num_steps)
+        grad_y = grad_buffer[0].clone()
+        if readings.reads_slopes:
+            _, number = tape.evaluate(readings.grid[-1], last)
+            grad_y += tape.pull_back(number, grad_buffer[1])
+            tape.flush()
+        segments = list(_segments(num_steps))
         for (start, end), y in zip(reversed(segments), reversed(checkpoints), strict=True):
             states = [y]
             for index in range(start, end - 1):
                 states.append(_step(evaluate, buffer, tableau, readings, index, states[-1]))
             for index in reversed(range(start, end)):
-                molecules, slots = readings.at(index + 1)
-                flat_grad.index_put_((molecules,), grad_values[molecules, slots], accumulate=True)
-                grad_y.copy_(
-                    _adjoint_step(
-                        tape,
-                        buffer,
-                        grad_buffer,
-                        tableau,
-                        readings,
-                        index,
-                        states[index - start],
-                        grad_y,
-                    )
-                )
+                grad_y = _adjoint_step(
+                    tape, buffer, grad_buffer, tableau, readings, index,
+                    states[index - start], grad_y, grad_values,
+                )  # fmt: skip
         grads, _ = tape.finish()
-        return None, None, None, None, grad_y, *grads
+        return None, None, None, None, None, grad_y, *grads
+
+
+def _read(values: Tensor, buffer: Tensor, readings: Readings, point: int) -> None:
+    """Add to values (B, T, X) what is read at a point whose y and dy/ds begin the buffer."""
+    molecules, slots, weights = readings.at(point)
+    if len(molecules) == 0:
+        return
+    batch = len(values)
+    y = flat(buffer[:1]).view(batch, -1)[molecules]
+    if weights is None:
+        values[molecules, slots] = y
+        return
+    slope = flat(buffer[1:2]).view(batch, -1)[molecules]
+    weight_y, weight_slope = weights.to(y.dtype).unsqueeze(-1)
+    values[molecules, slots] += weight_y * y + weight_slope * slope
+
+
+def _pull_reading(grad_buffer: Tensor, grad_values: Tensor, readings: Readings, point: int) -> None:
+    """Adjoint of `_read`: add to the gradients of y and dy/ds."""
+    molecules, slots, weights = readings.at(point)
+    if len(molecules) == 0:
+        return
+    grad = grad_values[molecules, slots]
+    by_molecule = flat(grad_buffer[:2]).view(2, len(grad_values), -1)
+    if weights is None:
+        by_molecule[0].index_put_((molecules,), grad, accumulate=True)
+        return
+    for row, weight in zip(by_molecule, weights.to(grad.dtype).unsqueeze(-1), strict=True):
+        row.index_put_((molecules,), weight * grad, accumulate=True)
 
 
 def _scalar(time: float, y: Tensor) -> Tensor:
@@ -133,7 +177,7 @@ def _scalar(time: float, y: Tensor) -> Tensor:
 
 
 def _step(
-    evaluate: Any, buffer: Tensor, tableau: Tableau, readings: _Readings, index: int, y: Tensor
+    evaluate: Any, buffer: Tensor, tableau: Tableau, readings: Readings, index: int, y: Tensor
 ) -> Tensor:
     """State at grid point index + 1 from the state at index."""
     time, end = readings.grid[index], readings.grid[index + 1]
@@ -146,12 +190,13 @@ def _adjoint_step(
     buffer: Tensor,
     grad_buffer: Tensor,
     tableau: Tableau,
-    readings: _Readings,
+    readings: Readings,
     index: int,
     y: Tensor,
     grad_y: Tensor,
+    grad_values: Tensor,
 ) -> Tensor:
-    """Gradient at grid point index from the gradient at index + 1."""
+    """Gradient at grid point index, readings there included, from the gradient at index + 1."""
     numbers: list[int] = []
 
     def evaluate(time: float, point: Tensor) -> Tensor:
@@ -166,6 +211,7 @@ def _adjoint_step(
     for stage in range(tableau.num_stages - 1, 0, -1):
         grad_point = tape.pull_back(numbers[stage], grad_buffer[stage + 1])
         spread(grad_buffer, 1.0, tableau.beta[stage - 1], size, grad_point)
+    _pull_reading(grad_buffer, grad_values, readings, index)
     grad_start = grad_buffer[0] + tape.pull_back(numbers[0], grad_buffer[1])
     tape.flush()
     return grad_start
@@ -197,10 +243,22 @@ def solve_grid(
         Deterministic. O(L) steps for L united times, as published; memory O(sqrt(L)). Once
         differentiable, in y0 and the parameters.
     """
+    return solve_on_grid(rhs, y0, _Union(times.detach()), times.shape[1], tableau, stats)
+
+
+def solve_on_grid(
+    rhs: RightHandSide,
+    y0: Tensor,
+    readings: Readings,
+    num_times: int,
+    tableau: Tableau,
+    stats: SolveStats,
+) -> Tensor:
+    """Values (B, T, D, M, C) read along a grid from y0 (M, B, D, C); see `solve_grid`."""
     modes, batch, components, channels = y0.shape
-    rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels).contiguous()
+    rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels)
     values: Tensor = _GridSolve.apply(  # type: ignore[no-untyped-call]
-        rhs, tableau, stats, times.detach(), rows, *rhs.parameters
+        rhs, tableau, stats, readings, (batch, num_times), rows, *rhs.parameters
     )
     if y0.is_complex():
         values = torch.view_as_complex(values.view(*values.shape[:2], -1, 2))
