@@ -12,16 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gfnode_fast.ops.graph_layers_cpp import ACTIVATIONS, CompiledEdges, why_not_compiled
 from gfnode_fast.ops.graph_layers_torch import (
+    EdgePhase,
     EGNNWeights,
     MeanWeights,
     MLPWeights,
     State,
+    TorchEdges,
     split_egnn,
     split_mean,
 )
 from gfnode_fast.ops.topology import Topology
 from gfnode_fast.reference.layers import COORDINATE_WIDTH
+
+BACKENDS = ("auto", "torch", "cpp")
+RECOMPUTED_EDGES = 8192  # at once: bounds the memory of backward; smaller ones cost more calls
 
 
 def egnn_layer(
@@ -35,6 +41,7 @@ def egnn_layer(
     *,
     norm: bool = False,
     recompute: bool = False,
+    backend: str = "auto",
 ) -> State:
     """One EGNN layer with velocities (arXiv 2102.09844, as the published GF-NODE uses it).
 
@@ -55,16 +62,20 @@ def egnn_layer(
         norm: normalise squared distances.
         recompute: keep only the layer's inputs for backward, where one copy at a time is computed
             again, instead of keeping the edge intermediates of all.
+        backend: "cpp" is the compiled edge phase, "torch" plain PyTorch; "auto" takes "cpp" where
+            it serves: float32 on the CPU, SiLU or Tanh, no autocast, extension built.
 
     Returns:
         x' (T*n, 3), v, h' (T*n, K).
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not match.
+        TypeError, ValueError: shapes, dtypes or devices that do not match, or that the backend
+            asked for does not serve.
+        RuntimeError: backend="cpp" without the extension; a second derivative through it.
 
     Notes:
-        Deterministic on the CPU: sums over neighbours run in the topology's order. Differentiable
-        any number of times.
+        Deterministic on the CPU, whatever the number of threads: sums over neighbours run in the
+        topology's order. Differentiable any number of times with backend="torch", once with "cpp".
     """
     _check_state("egnn_layer", x, v, h, edges, edge_fea)
     width, edge_width = h.shape[-1], edge_fea.shape[1]
@@ -76,8 +87,10 @@ def egnn_layer(
     ):
         _check_mlp("egnn_layer", name, mlp, ends, h)
 
+    phase = _edge_phase("egnn_layer", backend, h, activation)
+
     def layer(state: State, sorted_fea: Tensor) -> State:
-        return split_egnn(state, sorted_fea, edges, weights, activation, norm)
+        return split_egnn(state, sorted_fea, edges, weights, activation, norm, phase)
 
     return _run(layer, (x, v, h), edge_fea, edges, recompute)
 
@@ -92,19 +105,28 @@ def sage_layer(
     activation: nn.Module,
     *,
     recompute: bool = False,
+    backend: str = "auto",
 ) -> State:
     """One GraphSAGE layer on c = [x, v, h], width C = K + 6.
 
         c_i' = c_i + node([c_i, mean_j edge([c_i, c_j, e_ij])])
 
     Args:
-        x, v, h, edges, edge_fea, activation, recompute: as in `egnn_layer`.
+        x, v, h, edges, edge_fea, activation, recompute, backend: as in `egnn_layer`.
         weights: edge 2C+D → hidden → C, node 2C → hidden → C.
 
     Returns, raises, notes: as in `egnn_layer`; v changes too.
     """
     return _mean_layer(
-        "sage_layer", (x, v, h), edges, edge_fea, weights, activation, recompute, node_inputs=2
+        "sage_layer",
+        (x, v, h),
+        edges,
+        edge_fea,
+        weights,
+        activation,
+        recompute,
+        backend,
+        node_inputs=2,
     )
 
 
@@ -118,19 +140,28 @@ def gcn_layer(
     activation: nn.Module,
     *,
     recompute: bool = False,
+    backend: str = "auto",
 ) -> State:
     """One GCN layer on c = [x, v, h], width C = K + 6.
 
         c_i' = c_i + node(mean_j edge([c_i, c_j, e_ij]))
 
     Args:
-        x, v, h, edges, edge_fea, activation, recompute: as in `egnn_layer`.
+        x, v, h, edges, edge_fea, activation, recompute, backend: as in `egnn_layer`.
         weights: edge 2C+D → hidden → C, node C → hidden → C.
 
     Returns, raises, notes: as in `egnn_layer`; v changes too.
     """
     return _mean_layer(
-        "gcn_layer", (x, v, h), edges, edge_fea, weights, activation, recompute, node_inputs=1
+        "gcn_layer",
+        (x, v, h),
+        edges,
+        edge_fea,
+        weights,
+        activation,
+        recompute,
+        backend,
+        node_inputs=1,
     )
 
 
@@ -142,6 +173,7 @@ def _mean_layer(
     weights: MeanWeights,
     activation: nn.Module,
     recompute: bool,
+    backend: str,
     node_inputs: int,
 ) -> State:
     _check_state(op, *state, edges, edge_fea)
@@ -149,10 +181,44 @@ def _mean_layer(
     _check_mlp(op, "edge", weights.edge, (2 * width + edge_width, width), state[2])
     _check_mlp(op, "node", weights.node, (node_inputs * width, width), state[2])
 
+    phase = _edge_phase(op, backend, state[2], activation)
+
     def layer(state: State, sorted_fea: Tensor) -> State:
-        return split_mean(state, sorted_fea, edges, weights, activation, node_inputs == 2)
+        return split_mean(state, sorted_fea, edges, weights, activation, node_inputs == 2, phase)
 
     return _run(layer, state, edge_fea, edges, recompute)
+
+
+def _edge_phase(op: str, backend: str, h: Tensor, activation: nn.Module) -> EdgePhase:
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"{op}: `backend` must be one of {', '.join(BACKENDS)}, got {backend!r}; choose one of "
+            "these"
+        )
+    if backend == "torch":
+        return TorchEdges()
+    refusal = _refusal(h, activation)
+    if refusal is None:
+        return CompiledEdges()
+    if backend == "auto":
+        return TorchEdges()
+    error, problem = refusal
+    raise error(f"{op}: `backend` must be 'torch' or 'auto' here, got 'cpp'; {problem}")
+
+
+def _refusal(h: Tensor, activation: nn.Module) -> tuple[type[Exception], str] | None:
+    """Why the compiled edge phase does not serve, and as what error that is raised."""
+    if h.device.type != "cpu":
+        return ValueError, f"the tensors are on {h.device}; move them to the CPU"
+    if h.dtype != torch.float32:
+        return TypeError, f"the tensors are {h.dtype}; convert them to torch.float32"
+    if torch.is_autocast_enabled("cpu"):
+        return TypeError, "autocast is on; leave it"
+    if type(activation) not in ACTIVATIONS:
+        return TypeError, f"the activation is {type(activation).__name__}; use nn.SiLU or nn.Tanh"
+    if problem := why_not_compiled():
+        return RuntimeError, problem
+    return None
 
 
 def _run(
@@ -162,17 +228,14 @@ def _run(
     edges: Topology,
     recompute: bool,
 ) -> State:
-    """`layer` on (T, n, ...) state; with `recompute`, copy by copy under a checkpoint."""
+    """`layer` on (T, n, ...) state; with `recompute`, a few copies at a time under a checkpoint."""
     sorted_fea = edge_fea.index_select(0, edges.order)
     copies = state[0].shape[0] // max(edges.num_nodes, 1)
-    x, v, h = (part.view(copies, edges.num_nodes, part.shape[1]) for part in state)
-    if recompute and torch.is_grad_enabled():
-        parts = [
-            checkpoint(
-                layer, (x[t : t + 1], v[t : t + 1], h[t : t + 1]), sorted_fea, use_reentrant=False
-            )
-            for t in range(copies)
-        ]
+    x, v, h = (part.reshape(copies, edges.num_nodes, part.shape[1]) for part in state)
+    if recompute and copies and torch.is_grad_enabled():
+        size = max(1, RECOMPUTED_EDGES // max(edges.num_edges, 1))
+        chunks = zip(x.split(size), v.split(size), h.split(size), strict=True)
+        parts = [checkpoint(layer, chunk, sorted_fea, use_reentrant=False) for chunk in chunks]
         x, v, h = (torch.cat(part) for part in zip(*parts, strict=True))
     else:
         x, v, h = layer((x, v, h), sorted_fea)

@@ -6,13 +6,15 @@ The products with W_a, W_b are taken once per node and the one with W_e once for
 is linear after the mean over neighbours (the second linear of GraphSAGE's and GCN's edge MLP) is
 taken per node too. Any activation, dtype and device; differentiable any number of times.
 
-Shapes: T copies of n nodes, E edges; x, v (T, n, 3), h (T, n, K), edges sorted by row.
+What remains per edge is an `EdgePhase`: `TorchEdges` here, a compiled one in graph_layers_cpp.py.
+
+Shapes: T copies of n nodes, E edges; x, v (T, n, 3), h (T, n, K), edges sorted by row; H hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -51,26 +53,79 @@ class MeanWeights(NamedTuple):
     node: MLPWeights
 
 
+class PerEdgeWeights(NamedTuple):
+    """What an EGNN layer multiplies edge by edge."""
+
+    distance: Tensor  # (H,)
+    message: Tensor  # (W, H)
+    message_bias: Tensor
+    coordinate: Tensor  # (C, W)
+    coordinate_bias: Tensor
+    displacement: Tensor  # (C,)
+    displacement_bias: Tensor  # (1,)
+
+
+class EdgePhase(Protocol):
+    """What is done per edge: from per-node and per-edge summands to sums over neighbours."""
+
+    width_multiple: int
+    """H, W and C are padded with zeros to a multiple of this."""
+
+    def egnn(
+        self,
+        x: Tensor,
+        node: Tensor,
+        edge: Tensor,
+        edges: Topology,
+        weights: PerEdgeWeights,
+        activation: Activation,
+        norm: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """x (T, n, 3), node (T, n, 2H), edge (E, H) → Σ m (T, n, W), Σ r f (T, n, 3)."""
+
+    def sum(self, node: Tensor, edge: Tensor, edges: Topology, activation: Activation) -> Tensor:
+        """node (T, n, 2H), edge (E, H) → Σ act(node_row + node_col + edge) (T, n, H)."""
+
+
+class TorchEdges:
+    """`EdgePhase` in PyTorch."""
+
+    width_multiple = 1
+
+    def egnn(
+        self,
+        x: Tensor,
+        node: Tensor,
+        edge: Tensor,
+        edges: Topology,
+        weights: PerEdgeWeights,
+        activation: Activation,
+        norm: bool,
+    ) -> tuple[Tensor, Tensor]:
+        r = x.index_select(1, edges.row) - x.index_select(1, edges.col)
+        q = (r * r).sum(dim=-1, keepdim=True)
+        if norm:
+            q = q / q.clamp(min=NORM_EPSILON)
+        a = activation(_gather(node, edge, edges) + q * weights.distance)
+        m = activation(F.linear(a, weights.message, weights.message_bias))
+        a = activation(F.linear(m, weights.coordinate, weights.coordinate_bias))
+        f = F.linear(a, weights.displacement.unsqueeze(0), weights.displacement_bias)
+        return _sum_onto_rows(m, edges), _sum_onto_rows(r * f, edges)
+
+    def sum(self, node: Tensor, edge: Tensor, edges: Topology, activation: Activation) -> Tensor:
+        return _sum_onto_rows(activation(_gather(node, edge, edges)), edges)
+
+
+def _gather(node: Tensor, edge: Tensor, edges: Topology) -> Tensor:
+    """node_row + node_col + edge, (T, E, H)."""
+    row, col = node.chunk(2, dim=-1)
+    return row.index_select(1, edges.row) + col.index_select(1, edges.col) + edge
+
+
 def _sum_onto_rows(values: Tensor, edges: Topology) -> Tensor:
     """(T, E, C) → (T, n, C), in the sorted order of the edges."""
     copies, _, width = values.shape
     return values.new_zeros(copies, edges.num_nodes, width).index_add(1, edges.row, values)
-
-
-def _degree(edges: Topology, like: Tensor) -> Tensor:
-    return edges.row_start.diff().to(like.dtype).unsqueeze(-1)
-
-
-def _first_edge_linear(
-    rows: Tensor, cols: Tensor, edge_fea: Tensor, mlp: MLPWeights, skip: int, edges: Topology
-) -> Tensor:
-    """(T, E, hidden) without the first `skip` input columns of the weight."""
-    width = rows.shape[-1]
-    weight = mlp.weight0[:, skip:]
-    per_row = F.linear(rows, weight[:, :width])
-    per_col = F.linear(cols, weight[:, width : 2 * width])
-    per_edge = F.linear(edge_fea, weight[:, 2 * width :], mlp.bias0)
-    return per_row.index_select(1, edges.row) + per_col.index_select(1, edges.col) + per_edge
 
 
 def split_egnn(
@@ -80,20 +135,27 @@ def split_egnn(
     weights: EGNNWeights,
     activation: Activation,
     norm: bool,
+    phase: EdgePhase,
 ) -> State:
     """An EGNN layer; oracle `gfnode_fast.reference.layers.EGNNLayer`."""
     x, v, h = state
-    message, coordinate, velocity, node = weights
-    r = x.index_select(1, edges.row) - x.index_select(1, edges.col)
-    q = (r * r).sum(dim=-1, keepdim=True)
-    if norm:
-        q = q / q.abs().clamp(min=NORM_EPSILON)
-    z = _first_edge_linear(h, h, edge_fea, message, 1, edges) + q * message.weight0[:, 0]
-    m = activation(F.linear(activation(z), message.weight2, message.bias2))
-    f = _mlp(m, coordinate, activation)
-    shift = _sum_onto_rows(r * f, edges) / _degree(edges, x).clamp(min=1)
-    x = x + _mlp(h, velocity, activation) * v + shift.clamp(-MAX_DISPLACEMENT, MAX_DISPLACEMENT)
-    return x, v, _mlp(torch.cat((h, _sum_onto_rows(m, edges)), dim=-1), node, activation)
+    message, coordinate = weights.message, weights.coordinate
+    multiple = phase.width_multiple
+    node, edge = _summands(h, edge_fea, message.weight0[:, 1:], message.bias0, multiple)
+    per_edge = PerEdgeWeights(
+        _padded(message.weight0[:, 0], multiple),
+        _padded(message.weight2, multiple),
+        _padded(message.bias2, multiple),
+        _padded(coordinate.weight0, multiple),
+        _padded(coordinate.bias0, multiple),
+        _padded(coordinate.weight2[0], multiple),
+        coordinate.bias2,
+    )
+    messages, shift = phase.egnn(x, node, edge, edges, per_edge, activation, norm)
+    shift = (shift / _degree(edges, x).clamp(min=1)).clamp(-MAX_DISPLACEMENT, MAX_DISPLACEMENT)
+    x = x + _mlp(h, weights.velocity, activation) * v + shift
+    h = _mlp(torch.cat((h, messages[..., : h.shape[-1]]), dim=-1), weights.node, activation)
+    return x, v, h
 
 
 def split_mean(
@@ -103,23 +165,46 @@ def split_mean(
     weights: MeanWeights,
     activation: Activation,
     concatenate_self: bool,
+    phase: EdgePhase,
 ) -> State:
-    """A GraphSAGE (`concatenate_self`) or GCN layer."""
+    """A GraphSAGE (`concatenate_self`) or GCN layer; oracles in `gfnode_fast.reference.layers`."""
     c = torch.cat(state, dim=-1)
-    edge, node = weights
-    a = activation(_first_edge_linear(c, c, edge_fea, edge, 0, edges))
+    mlp, multiple = weights.edge, phase.width_multiple
+    node, edge = _summands(c, edge_fea, mlp.weight0, mlp.bias0, multiple)
     degree = _degree(edges, c)
-    mean = _sum_onto_rows(a, edges) / degree.clamp(min=1)
+    mean = phase.sum(node, edge, edges, activation) / degree.clamp(min=1)
+    weight = F.pad(mlp.weight2, (0, mean.shape[-1] - mlp.weight2.shape[1]))
     # A node without edges has mean 0, not the bias.
-    mean = F.linear(mean, edge.weight2) + edge.bias2 * (degree > 0)
-    c = c + _mlp(torch.cat((c, mean), dim=-1) if concatenate_self else mean, node, activation)
-    return split_state(c)
-
-
-def split_state(c: Tensor) -> State:
-    """[x, v, h] along the last axis → x, v, h."""
+    mean = F.linear(mean, weight) + mlp.bias2 * (degree > 0)
+    if concatenate_self:
+        mean = torch.cat((c, mean), dim=-1)
+    c = c + _mlp(mean, weights.node, activation)
     x, v, h = c.split((3, 3, c.shape[-1] - COORDINATE_WIDTH), dim=-1)
     return x, v, h
+
+
+def _summands(
+    h: Tensor, edge_fea: Tensor, weight: Tensor, bias: Tensor, multiple: int
+) -> tuple[Tensor, Tensor]:
+    """[W_a h, W_b h] (T, n, 2H) and W_e e + bias (E, H) for W = [W_a, W_b, W_e]."""
+    width = h.shape[-1]
+    parts = weight.split((width, width, edge_fea.shape[1]), dim=1)
+    extra = -weight.shape[0] % multiple
+    of_row, of_col, of_edge = (F.pad(part, (0, 0, 0, extra)) if extra else part for part in parts)
+    node = F.linear(h, torch.cat((of_row, of_col)))
+    return node, F.linear(edge_fea, of_edge, F.pad(bias, (0, extra)) if extra else bias)
+
+
+def _padded(weight: Tensor, multiple: int) -> Tensor:
+    """Every dimension to a multiple of `multiple`, with zeros."""
+    extra = [-size % multiple for size in weight.shape]
+    if not any(extra):
+        return weight
+    return F.pad(weight, [side for size in reversed(extra) for side in (0, size)])
+
+
+def _degree(edges: Topology, like: Tensor) -> Tensor:
+    return edges.row_start.diff().to(like.dtype).unsqueeze(-1)
 
 
 def _mlp(z: Tensor, mlp: MLPWeights, activation: Activation) -> Tensor:

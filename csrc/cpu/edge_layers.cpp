@@ -1,0 +1,75 @@
+// The edge kernels for each instruction set, and the choice at run time.
+#include "edge_layers.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace gfnode {
+namespace {
+
+constexpr float kNormEpsilon = 1e-12f;
+
+namespace baseline {  // 128-bit vectors: every x86-64 and arm64
+#define GFNODE_LANES 4
+#define GFNODE_TILE_ROWS 4
+#include "tile.inc"
+#include "edge_layers.inc"
+#undef GFNODE_LANES
+#undef GFNODE_TILE_ROWS
+#undef GFNODE_INLINE
+constexpr EdgeKernels kernels{"128-bit", egnn_forward, egnn_backward, sum_forward, sum_backward};
+}  // namespace baseline
+
+// clang has no `#pragma GCC target`; there the compiler's own flags decide.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define GFNODE_X86_KERNELS
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define GFNODE_LANES 8
+#define GFNODE_TILE_ROWS 4
+#include "tile.inc"
+#include "edge_layers.inc"
+#undef GFNODE_LANES
+#undef GFNODE_TILE_ROWS
+#undef GFNODE_INLINE
+constexpr EdgeKernels kernels{"avx2", egnn_forward, egnn_backward, sum_forward, sum_backward};
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,prefer-vector-width=512")
+namespace avx512 {
+#define GFNODE_LANES 16
+#define GFNODE_TILE_ROWS 12
+#include "tile.inc"
+#include "edge_layers.inc"
+#undef GFNODE_LANES
+#undef GFNODE_TILE_ROWS
+#undef GFNODE_INLINE
+constexpr EdgeKernels kernels{"avx512", egnn_forward, egnn_backward, sum_forward, sum_backward};
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+const EdgeKernels &choose() {
+#ifdef GFNODE_X86_KERNELS
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+    return avx512::kernels;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
+#endif
+  return baseline::kernels;
+}
+
+}  // namespace
+
+const EdgeKernels &edge_kernels() {
+  static const EdgeKernels &chosen = choose();
+  return chosen;
+}
+
+}  // namespace gfnode

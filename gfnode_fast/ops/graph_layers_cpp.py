@@ -1,0 +1,153 @@
+"""The compiled edge phase of the graph layers: float32 on the CPU, SiLU or Tanh.
+
+Registered as `gfnode_fast::egnn_edges` and `gfnode_fast::sum_edges`; formulas, ownership, cost in
+csrc/cpu/edge_layers.h. Once differentiable; a second derivative is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from gfnode_fast._extension import REBUILD, why_no_extension
+from gfnode_fast.ops.graph_layers_torch import Activation, PerEdgeWeights
+from gfnode_fast.ops.topology import Topology
+
+ACTIVATIONS: dict[type[nn.Module], int] = {nn.SiLU: 0, nn.Tanh: 1}
+_NUM_EGNN_TENSORS = 12  # leading tensor arguments of egnn_edges
+
+_registered = False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def why_not_compiled() -> str | None:
+    """None when the compiled edge phase is there, else what is missing."""
+    global _registered
+    if problem := why_no_extension():
+        return problem
+    if not hasattr(torch.ops.gfnode_fast, "egnn_edges"):
+        return f"the extension was built without it; {REBUILD}"
+    if not _registered:
+        _register()
+        _registered = True
+    return None
+
+
+class CompiledEdges:
+    """`EdgePhase` in C++."""
+
+    width_multiple = 16
+
+    def egnn(
+        self,
+        x: Tensor,
+        node: Tensor,
+        edge: Tensor,
+        edges: Topology,
+        weights: PerEdgeWeights,
+        activation: Activation,
+        norm: bool,
+    ) -> tuple[Tensor, Tensor]:
+        tensors = (x, node, edge, edges.row, edges.col, *weights)
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        messages, shift, _, _ = torch.ops.gfnode_fast.egnn_edges(
+            *(tensor.contiguous() for tensor in tensors), _code(activation), norm, keep
+        )
+        return messages, shift
+
+    def sum(self, node: Tensor, edge: Tensor, edges: Topology, activation: Activation) -> Tensor:
+        total: Tensor = torch.ops.gfnode_fast.sum_edges(
+            node.contiguous(), edge.contiguous(), edges.row, edges.col, _code(activation)
+        )
+        return total
+
+
+def _code(activation: Activation) -> int:
+    assert isinstance(activation, nn.Module)
+    return ACTIVATIONS[type(activation)]
+
+
+def _register() -> None:
+    for name, function in (
+        ("egnn_edges", _egnn_fake),
+        ("egnn_edges_backward", _egnn_backward_fake),
+        ("sum_edges", _sum_fake),
+        ("sum_edges_backward", _sum_backward_fake),
+    ):
+        torch.library.register_fake(f"gfnode_fast::{name}", function)
+    torch.library.register_autograd(
+        "gfnode_fast::egnn_edges", _egnn_backward, setup_context=_egnn_context
+    )
+    torch.library.register_autograd(
+        "gfnode_fast::sum_edges", _sum_backward, setup_context=_sum_context
+    )
+    for name in ("egnn_edges", "sum_edges"):
+        torch.library.register_autograd(f"gfnode_fast::{name}_backward", _no_second_derivative)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise RuntimeError(
+        "graph layers: `backend` must be 'torch' for a second derivative, got 'cpp'; pass "
+        "backend='torch'"
+    )
+
+
+def _egnn_fake(x: Tensor, node: Tensor, edge: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    w2, wc, keep = rest[3], rest[5], rest[-1]
+    copies, nodes = node.shape[:2]
+    kept = edge.shape[0] if keep else 0
+    return (
+        x.new_empty(copies, nodes, w2.shape[0]),
+        x.new_empty(copies, nodes, 3),
+        x.new_empty(copies, kept, w2.shape[0]),
+        x.new_empty(copies, kept, wc.shape[0]),
+    )
+
+
+def _egnn_backward_fake(grad_sum: Tensor, grad_shift: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    x, node, edge, _, _, *weights = rest[:_NUM_EGNN_TENSORS]
+    return tuple(x.new_empty(tensor.shape) for tensor in (x, node, edge, *weights))
+
+
+def _egnn_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, z2, z3 = output
+    ctx.mark_non_differentiable(z2, z3)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_NUM_EGNN_TENSORS], z2, z3)
+    ctx.activation, ctx.norm = inputs[_NUM_EGNN_TENSORS : _NUM_EGNN_TENSORS + 2]
+
+
+def _egnn_backward(
+    ctx: Any, grad_sum: Tensor | None, grad_shift: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    x, node, _, _, _, _, w2, *_ = saved = ctx.saved_tensors
+    if grad_sum is None:
+        grad_sum = x.new_zeros(*node.shape[:2], w2.shape[0])
+    if grad_shift is None:
+        grad_shift = torch.zeros_like(x)
+    grads = torch.ops.gfnode_fast.egnn_edges_backward(
+        grad_sum.contiguous(), grad_shift.contiguous(), *saved, ctx.activation, ctx.norm
+    )
+    return (*grads[:3], None, None, *grads[3:], None, None, None)
+
+
+def _sum_fake(node: Tensor, edge: Tensor, row: Tensor, col: Tensor, activation: int) -> Tensor:
+    return node.new_empty(*node.shape[:2], edge.shape[1])
+
+
+def _sum_backward_fake(grad_sum: Tensor, node: Tensor, edge: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return node.new_empty(node.shape), node.new_empty(edge.shape)
+
+
+def _sum_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.activation = inputs[4]
+
+
+def _sum_backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
+    node, edge = torch.ops.gfnode_fast.sum_edges_backward(
+        grad_sum.contiguous(), *ctx.saved_tensors, ctx.activation
+    )
+    return node, edge, None, None, None
