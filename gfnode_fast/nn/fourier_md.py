@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from gfnode_fast import reference
 from gfnode_fast.nn.graph_layers import apply_layer
 from gfnode_fast.ops.compiled_solve import check_compilable
-from gfnode_fast.ops.propagate import CHAOTIC_TIME_MODES, propagate
+from gfnode_fast.ops.propagate import CHAOTIC_TIME_MODES, check_mode_of, propagate
 from gfnode_fast.ops.topology import topology
 from gfnode_fast.reference.checks import check_choice, describe, refuse
+from gfnode_fast.solvers.mode import SolverMode
 from gfnode_fast.solvers.stats import SolveStats
 
 logger = logging.getLogger(__name__)
@@ -39,17 +40,28 @@ class FourierMD(reference.FourierMD):
             quantities again there: slower by a fifth, several times less memory. No effect with
             backend="reference".
 
+        solver_mode: how steps are chosen (`gfnode_fast.solvers`). "joint", the published solver's
+            steps for the whole batch; "per_molecule", adaptive steps of each molecule's own, so
+            that an answer does not depend on batch mates; "exact", no solver at all, where modes do
+            not interact; `fixed(step_size)`, uniform steps with a fixed-step `solver`. All but
+            "joint" need backend "auto" or "torch".
+
     Attributes:
         last_solve: evaluations and steps of the last forward pass, per propagator; zeros with
             backend="reference".
 
     Raises:
-        TypeError, ValueError: an argument with which the published model crashes; the message
-            names it.
+        TypeError, ValueError: an argument with which the published model crashes, or a
+            `solver_mode` that conflicts with the others; the message names it.
     """
 
     def __init__(
-        self, *args: Any, backend: str = "auto", recompute: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        backend: str = "auto",
+        solver_mode: SolverMode = "joint",
+        recompute: bool = False,
+        **kwargs: Any,
     ) -> None:
         check_choice("backend", backend, BACKENDS)
         super().__init__(*args, **kwargs)
@@ -58,6 +70,8 @@ class FourierMD(reference.FourierMD):
         self.requested_backend = backend
         self.recompute = recompute
         self.backend, self.backend_reason = choose_backend(backend)
+        check_mode_of("FourierMD", solver_mode, self.freq_conv.t_conv, self.backend)
+        self.solver_mode = solver_mode
         if self.backend == "compiled":
             check_compilable(self.freq_conv.t_conv)
         self.last_solve = {"freq_conv": SolveStats(), "freq_conv_x": SolveStats()}
@@ -114,7 +128,15 @@ class FourierMD(reference.FourierMD):
             return super()._propagated(propagator, signal, s, eigvecs)
         stats = self.last_solve["freq_conv" if propagator is self.freq_conv else "freq_conv_x"]
         stats.reset()
-        return propagate(propagator, signal, s, eigvecs, stats, backend=self.backend)
+        return propagate(
+            propagator,
+            signal,
+            s,
+            eigvecs,
+            stats,
+            backend=self.backend,
+            solver_mode=self.solver_mode,
+        )
 
 
 def choose_backend(requested: str) -> tuple[str, str]:

@@ -12,9 +12,13 @@ from gfnode_fast.ops.compiled_solve import compiled_solve
 from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
 from gfnode_fast.ops.mode_rhs import right_hand_side
 from gfnode_fast.reference.checks import check_choice
-from gfnode_fast.reference.propagator import LinearBasisRHS, ModeODE, Propagator
+from gfnode_fast.reference.propagator import LinearBasisRHS, ModeODE, ModeRHS, Propagator
+from gfnode_fast.solvers.exact import solve_exact
+from gfnode_fast.solvers.fixed_step import solve_fixed
 from gfnode_fast.solvers.grid import solve_grid
 from gfnode_fast.solvers.joint import solve_joint
+from gfnode_fast.solvers.mode import FixedStep, SolverMode, check_solver_mode
+from gfnode_fast.solvers.per_molecule import solve_per_molecule
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import ADAPTIVE, FIXED_GRID
 
@@ -30,6 +34,7 @@ def propagate(
     stats: SolveStats | None = None,
     *,
     backend: str = "torch",
+    solver_mode: SolverMode = "joint",
 ) -> Tensor:
     """The propagator's output with its own parameters, without the published output handling.
 
@@ -40,23 +45,29 @@ def propagate(
         eigvecs: (B, N, N) for the graph basis, else ignored.
         stats: counts evaluations and steps when given.
         backend: "torch", or "compiled" for torch.compile around the solver loop.
+        solver_mode: "joint" takes the published solver's steps; "per_molecule", "exact" and
+            `fixed(step_size)` are those of `gfnode_fast.solvers`.
 
     Returns:
         (T, B, N, D, C).
 
     Raises:
-        ValueError: another backend.
+        ValueError: another backend; a solver_mode that this dynamics, solver or backend does not
+            have; times that are not positive and finite, in a mode other than "joint".
         RuntimeError: backend="compiled" with what it does not have (`check_compilable`).
         SolverError: non-finite state or step underflow.
 
     Notes:
-        The published solver's accepted steps, values within rounding, gradients of the published
-        discrete solve. Deterministic. Once differentiable; `times` get no gradient.
+        With "joint": the published solver's accepted steps, values within rounding, gradients of
+        the published discrete solve. Deterministic. Once differentiable; `times` get no gradient.
     """
     check_choice("backend", backend, SOLVE_BACKENDS)
+    check_mode_of("propagate", solver_mode, propagator.t_conv, backend)
     stats = SolveStats() if stats is None else stats
     modes = _transform(propagator, signal, eigvecs)
-    if backend == "compiled":
+    if solver_mode != "joint":
+        solved = _solve_in_mode(propagator.t_conv, modes, times, stats, solver_mode)
+    elif backend == "compiled":
         solved = compiled_solve(propagator.t_conv, modes, times, stats)
     elif propagator.t_conv.no_ode:
         function = right_hand_side(propagator.t_conv.ode_func)
@@ -68,6 +79,23 @@ def propagate(
     else:
         solved = _solve(propagator.t_conv, modes, times, stats)
     return _transform_back(propagator, solved, signal.shape[1], eigvecs)
+
+
+def check_mode_of(op: str, mode: object, ode: ModeODE, backend: str) -> None:
+    """Refuse a `solver_mode` that this ODE, its solver or the backend does not have."""
+    function = ode.ode_func
+    check_solver_mode(
+        op,
+        mode,
+        solver=ode.solver,
+        no_ode=ode.no_ode,
+        mixes_modes=isinstance(function, ModeRHS) and function.mode_interaction != "no_interaction",
+    )
+    if mode != "joint" and backend in ("compiled", "reference"):
+        raise ValueError(
+            f"{op}: `solver_mode` must be 'joint' with backend={backend!r}, got {mode!r}; use "
+            "backend='torch'"
+        )
 
 
 def _is_chaotic(ode: ModeODE) -> bool:
@@ -95,6 +123,20 @@ def _solve(ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats) -> Ten
         return solve_grid(function, modes, times, FIXED_GRID[ode.solver], stats)
     solved: Tensor = ode(modes, times)  # multistep methods: torchdiffeq itself
     return solved.permute(1, 0, 3, 2, 4)
+
+
+def _solve_in_mode(
+    ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats, mode: SolverMode
+) -> Tensor:
+    """(M, B, D, C) → (B, T, D, M, C), in any mode but "joint"."""
+    function = right_hand_side(ode.ode_func)
+    if mode == "exact":
+        return solve_exact(function, modes, times, ode.rtol, ode.atol, stats)
+    if isinstance(mode, FixedStep):
+        tableau = FIXED_GRID[ode.solver]
+        return solve_fixed(function, modes, times, tableau, mode.step_size, stats)
+    tableau = ADAPTIVE[ode.solver]
+    return solve_per_molecule(function, modes, times, tableau, ode.rtol, ode.atol, stats)
 
 
 def _transform_back(
