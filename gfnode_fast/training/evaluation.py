@@ -76,7 +76,9 @@ def evaluate(
     trained = run if isinstance(run, TrainedModel) else load_model(run, device=device)
     data = trained.config.data
     if trajectory is not None:
-        data = dataclasses.replace(data, trajectory=str(trajectory), dt_fs=dt_fs, format=None)
+        data = dataclasses.replace(
+            data, trajectory=str(trajectory), dt_fs=dt_fs, format=None, split_file=None
+        )
     problem = load_problem(data, stored_graph=trained.graph)
     if trajectory is None and problem.hashes != trained.data_hashes:
         changed = [k for k, digest in problem.hashes.items() if digest != trained.data_hashes[k]]
