@@ -13,13 +13,9 @@
 // products stays in cache. Flops per edge: 2 (H W + W C) forward, four times that backward and half
 // of it again when z2, z3 were not kept. Bytes: node states, plus 8 (W + C) per edge when kept.
 #pragma once
-#include <cstdint>
+#include "activation.h"
 
 namespace gfnode {
-
-constexpr int64_t kWidthMultiple = 16;  // of every width; callers pad with zeros
-
-enum class Activation : int64_t { silu = 0, tanh = 1 };
 
 struct Graph {
   int64_t copies, nodes, edges;
@@ -59,18 +55,5 @@ struct SumEdges {
   const float *grad_sum;     // backward only
   float *grad_node, *grad_edge;
 };
-
-// Edges [begin, end) of every copy.
-struct EdgeKernels {
-  const char *name;
-  void (*egnn_forward)(const EgnnEdges &, int64_t begin, int64_t end);
-  void (*egnn_backward)(const EgnnEdges &, const EgnnGrads &, const EgnnWeightGrads &, int64_t begin,
-                        int64_t end);
-  void (*sum_forward)(const SumEdges &, int64_t begin, int64_t end);
-  void (*sum_backward)(const SumEdges &, int64_t begin, int64_t end);
-};
-
-// Those of the widest instruction set this processor has.
-const EdgeKernels &edge_kernels();
 
 }  // namespace gfnode

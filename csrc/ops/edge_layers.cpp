@@ -5,51 +5,26 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
 #include <vector>
 
-#include "../cpu/edge_layers.h"
+#include "../cpu/kernels.h"
+#include "arguments.h"
 
 namespace {
 
 using gfnode::EgnnEdges;
 using gfnode::Graph;
 using gfnode::SumEdges;
+using gfnode::activation_of, gfnode::check, gfnode::data, gfnode::floats, gfnode::longs;
+using gfnode::PartSums, gfnode::Shape, gfnode::zeros;
 using torch::stable::Tensor;
 
 // Parts are at least this long, so that zeroing and adding their weight gradients stays small.
 constexpr int64_t kEdgesPerPart = 1024;  // over all copies
-constexpr int64_t kMaxParts = 16;
-
-using Shape = std::vector<int64_t>;
-
-void check(const Tensor &tensor, const char *op, const char *name, const Shape &shape,
-           torch::headeronly::ScalarType type) {
-  bool matches = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; matches && i < shape.size(); ++i) matches = tensor.size(i) == shape[i];
-  STD_TORCH_CHECK(matches, op, ": `", name, "` has the wrong shape, dimension 0 is ",
-                  tensor.dim() ? tensor.size(0) : -1, "; expected ", shape[0]);
-  STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": `", name, "` has the wrong dtype");
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), op, ": `", name,
-                  "` must be contiguous on the CPU");
-}
-
-const float *floats(const Tensor &tensor, const char *op, const char *name, const Shape &shape) {
-  check(tensor, op, name, shape, torch::headeronly::ScalarType::Float);
-  return static_cast<const float *>(tensor.const_data_ptr());
-}
-
-const int64_t *longs(const Tensor &tensor, const char *op, const char *name, const Shape &shape) {
-  check(tensor, op, name, shape, torch::headeronly::ScalarType::Long);
-  return static_cast<const int64_t *>(tensor.const_data_ptr());
-}
-
-float *data(Tensor &tensor) { return static_cast<float *>(tensor.mutable_data_ptr()); }
 
 Graph graph_of(const char *op, const Tensor &node, const Tensor &row, const Tensor &col) {
   STD_TORCH_CHECK(node.dim() == 3, op, ": `node` must be (T, n, 2H)");
@@ -71,17 +46,11 @@ int64_t width_of(const Tensor &weight, const char *op, const char *name, int64_t
   return width;
 }
 
-gfnode::Activation activation_of(const char *op, int64_t activation) {
-  STD_TORCH_CHECK(activation == 0 || activation == 1, op, ": `activation` must be 0 or 1, got ",
-                  activation);
-  return static_cast<gfnode::Activation>(activation);
-}
-
 // Starts of ranges of edges that share no node with each other, and the end of the last. A function
 // of the graph alone: results do not depend on the number of threads.
 std::vector<int64_t> divide(const Graph &graph) {
   const int64_t wanted =
-      std::min(kMaxParts, std::max<int64_t>(1, graph.edges * graph.copies / kEdgesPerPart));
+      std::min(gfnode::kMaxParts, std::max<int64_t>(1, graph.edges * graph.copies / kEdgesPerPart));
   std::vector<int64_t> lowest(graph.edges + 1, graph.nodes);  // node of edges e and later
   for (int64_t e = graph.edges - 1; e >= 0; --e)
     lowest[e] = std::min({lowest[e + 1], graph.row[e], graph.col[e]});
@@ -102,10 +71,6 @@ void for_each_part(const std::vector<int64_t> &starts, const Work &work) {
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) work(part, starts[part], starts[part + 1]);
   });
-}
-
-Tensor zeros(const Tensor &like, const Shape &shape) {
-  return torch::stable::new_zeros(like, shape);
 }
 
 std::vector<float> transposed(const float *matrix, int64_t rows, int64_t columns) {
@@ -167,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> egnn_edges(Tensor x, Tensor node, Ten
     p.z3 = data(z3);
   }
   for_each_part(divide(p.graph), [&](int64_t, int64_t begin, int64_t end) {
-    gfnode::edge_kernels().egnn_forward(p, begin, end);
+    gfnode::kernels().egnn_forward(p, begin, end);
   });
   return {sum, shift, z2, z3};
 }
@@ -194,31 +159,24 @@ egnn_edges_backward(Tensor grad_sum, Tensor grad_shift, Tensor x, Tensor node, T
       data(grad_node), data(grad_edge)};
 
   const std::vector<int64_t> starts = divide(p.graph);
-  // One block of all weight gradients per part, added up in order at the end.
-  const Shape lengths{H, W * H, W, C * W, C, C, gfnode::kWidthMultiple};
-  std::vector<int64_t> offsets{0};
-  for (const int64_t length : lengths) offsets.push_back(offsets.back() + length);
-  const int64_t stride = offsets.back(), parts = static_cast<int64_t>(starts.size()) - 1;
-  std::vector<float> workspace(parts * stride, 0.0f);
+  enum { kWq, kW2, kB2, kWc, kBc, kWo, kBo };
+  PartSums sums(static_cast<int64_t>(starts.size()) - 1, {H, W * H, W, C * W, C, C, 1});
   for_each_part(starts, [&](int64_t part, int64_t begin, int64_t end) {
-    float *base = workspace.data() + part * stride;
-    const gfnode::EgnnWeightGrads weights{base + offsets[0], base + offsets[1], base + offsets[2],
-                                          base + offsets[3], base + offsets[4], base + offsets[5],
-                                          base + offsets[6]};
-    gfnode::edge_kernels().egnn_backward(p, grads, weights, begin, end);
+    const gfnode::EgnnWeightGrads weights{sums.at(part, kWq), sums.at(part, kW2), sums.at(part, kB2),
+                                          sums.at(part, kWc), sums.at(part, kBc), sums.at(part, kWo),
+                                          sums.at(part, kBo)};
+    gfnode::kernels().egnn_backward(p, grads, weights, begin, end);
   });
-  const auto total = [&](int64_t index, const Shape &shape) {
-    Tensor result = zeros(x, shape);
-    float *into = data(result);
-    const int64_t length = shape.size() == 2 ? shape[0] * shape[1] : shape[0];
-    for (int64_t part = 0; part < parts; ++part) {
-      const float *from = workspace.data() + part * stride + offsets[index];
-      for (int64_t i = 0; i < length; ++i) into[i] += from[i];
-    }
-    return result;
-  };
-  return {grad_x,           grad_node,        grad_edge,     total(0, {H}), total(1, {W, H}),
-          total(2, {W}),    total(3, {C, W}), total(4, {C}), total(5, {C}), total(6, {1})};
+  return {grad_x,
+          grad_node,
+          grad_edge,
+          sums.total(x, kWq, H),
+          sums.total(x, kW2, W, H, H),
+          sums.total(x, kB2, W),
+          sums.total(x, kWc, C, W, W),
+          sums.total(x, kBc, C),
+          sums.total(x, kWo, C),
+          sums.total(x, kBo, 1)};
 }
 
 SumEdges sum_arguments(const char *op, const Tensor &node, const Tensor &edge, const Tensor &row,
@@ -237,7 +195,7 @@ Tensor sum_edges(Tensor node, Tensor edge, Tensor row, Tensor col, int64_t activ
   Tensor sum = zeros(node, {p.graph.copies, p.graph.nodes, p.hidden});
   p.sum = data(sum);
   for_each_part(divide(p.graph), [&](int64_t, int64_t begin, int64_t end) {
-    gfnode::edge_kernels().sum_forward(p, begin, end);
+    gfnode::kernels().sum_forward(p, begin, end);
   });
   return sum;
 }
@@ -252,7 +210,7 @@ std::tuple<Tensor, Tensor> sum_edges_backward(Tensor grad_sum, Tensor node, Tens
   p.grad_node = data(grad_node);
   p.grad_edge = data(grad_edge);
   for_each_part(divide(p.graph), [&](int64_t, int64_t begin, int64_t end) {
-    gfnode::edge_kernels().sum_backward(p, begin, end);
+    gfnode::kernels().sum_backward(p, begin, end);
   });
   return {grad_node, grad_edge};
 }

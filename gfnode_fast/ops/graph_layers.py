@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gfnode_fast.ops.graph_layers_cpp import ACTIVATIONS, CompiledEdges, why_not_compiled
+from gfnode_fast.ops.graph_layers_cpp import ACTIVATIONS, CompiledKernels, why_not_compiled
 from gfnode_fast.ops.graph_layers_torch import (
-    EdgePhase,
     EGNNWeights,
+    LayerKernels,
     MeanWeights,
     MLPWeights,
     State,
-    TorchEdges,
+    TorchKernels,
     split_egnn,
     split_mean,
 )
@@ -62,7 +62,7 @@ def egnn_layer(
         norm: normalise squared distances.
         recompute: keep only the layer's inputs for backward, where one copy at a time is computed
             again, instead of keeping the edge intermediates of all.
-        backend: "cpp" is the compiled edge phase, "torch" plain PyTorch; "auto" takes "cpp" where
+        backend: "cpp" is compiled kernels, "torch" plain PyTorch; "auto" takes "cpp" where
             it serves: float32 on the CPU, SiLU or Tanh, no autocast, extension built.
 
     Returns:
@@ -87,10 +87,10 @@ def egnn_layer(
     ):
         _check_mlp("egnn_layer", name, mlp, ends, h)
 
-    phase = _edge_phase("egnn_layer", backend, h, activation)
+    kernels = _kernels("egnn_layer", backend, h, activation)
 
     def layer(state: State, sorted_fea: Tensor) -> State:
-        return split_egnn(state, sorted_fea, edges, weights, activation, norm, phase)
+        return split_egnn(state, sorted_fea, edges, weights, activation, norm, kernels)
 
     return _run(layer, (x, v, h), edge_fea, edges, recompute)
 
@@ -181,33 +181,33 @@ def _mean_layer(
     _check_mlp(op, "edge", weights.edge, (2 * width + edge_width, width), state[2])
     _check_mlp(op, "node", weights.node, (node_inputs * width, width), state[2])
 
-    phase = _edge_phase(op, backend, state[2], activation)
+    kernels = _kernels(op, backend, state[2], activation)
 
     def layer(state: State, sorted_fea: Tensor) -> State:
-        return split_mean(state, sorted_fea, edges, weights, activation, node_inputs == 2, phase)
+        return split_mean(state, sorted_fea, edges, weights, activation, node_inputs == 2, kernels)
 
     return _run(layer, state, edge_fea, edges, recompute)
 
 
-def _edge_phase(op: str, backend: str, h: Tensor, activation: nn.Module) -> EdgePhase:
+def _kernels(op: str, backend: str, h: Tensor, activation: nn.Module) -> LayerKernels:
     if backend not in BACKENDS:
         raise ValueError(
             f"{op}: `backend` must be one of {', '.join(BACKENDS)}, got {backend!r}; choose one of "
             "these"
         )
     if backend == "torch":
-        return TorchEdges()
+        return TorchKernels()
     refusal = _refusal(h, activation)
     if refusal is None:
-        return CompiledEdges()
+        return CompiledKernels()
     if backend == "auto":
-        return TorchEdges()
+        return TorchKernels()
     error, problem = refusal
     raise error(f"{op}: `backend` must be 'torch' or 'auto' here, got 'cpp'; {problem}")
 
 
 def _refusal(h: Tensor, activation: nn.Module) -> tuple[type[Exception], str] | None:
-    """Why the compiled edge phase does not serve, and as what error that is raised."""
+    """Why the compiled kernels do not serve, and as what error that is raised."""
     if h.device.type != "cpu":
         return ValueError, f"the tensors are on {h.device}; move them to the CPU"
     if h.dtype != torch.float32:

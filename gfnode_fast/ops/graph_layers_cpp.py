@@ -1,18 +1,19 @@
-"""The compiled edge phase of the graph layers: float32 on the CPU, SiLU or Tanh.
+"""The compiled kernels of the graph layers: float32 on the CPU, SiLU or Tanh.
 
-Registered as `gfnode_fast::egnn_edges` and `gfnode_fast::sum_edges`; formulas, ownership, cost in
-csrc/cpu/edge_layers.h. Once differentiable; a second derivative is refused.
+Registered as `gfnode_fast::egnn_edges`, `sum_edges` and `row_mlp`; formulas, ownership and cost in
+csrc/cpu/edge_layers.h and row_mlp.h. Once differentiable; a second derivative is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from gfnode_fast._extension import REBUILD, why_no_extension
-from gfnode_fast.ops.graph_layers_torch import Activation, PerEdgeWeights
+from gfnode_fast.ops.graph_layers_torch import Activation, MLPWeights, PerEdgeWeights
 from gfnode_fast.ops.topology import Topology
 
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.SiLU: 0, nn.Tanh: 1}
@@ -23,20 +24,20 @@ _registered = False
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not_compiled() -> str | None:
-    """None when the compiled edge phase is there, else what is missing."""
+    """None when the compiled kernels are there, else what is missing."""
     global _registered
     if problem := why_no_extension():
         return problem
-    if not hasattr(torch.ops.gfnode_fast, "egnn_edges"):
-        return f"the extension was built without it; {REBUILD}"
+    if not hasattr(torch.ops.gfnode_fast, "row_mlp"):
+        return f"the extension was built without them; {REBUILD}"
     if not _registered:
         _register()
         _registered = True
     return None
 
 
-class CompiledEdges:
-    """`EdgePhase` in C++."""
+class CompiledKernels:
+    """`LayerKernels` in C++."""
 
     width_multiple = 16
 
@@ -51,7 +52,7 @@ class CompiledEdges:
         norm: bool,
     ) -> tuple[Tensor, Tensor]:
         tensors = (x, node, edge, edges.row, edges.col, *weights)
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        keep = _needs_grad(tensors)
         messages, shift, _, _ = torch.ops.gfnode_fast.egnn_edges(
             *(tensor.contiguous() for tensor in tensors), _code(activation), norm, keep
         )
@@ -63,6 +64,22 @@ class CompiledEdges:
         )
         return total
 
+    def mlp(self, parts: Sequence[Tensor], weights: MLPWeights, activation: Activation) -> Tensor:
+        rows = [part.reshape(-1, part.shape[-1]) for part in parts]
+        if len(rows) == 1:
+            rows.append(rows[0].new_empty(rows[0].shape[0], 0))
+        tensors = (*rows, *weights)
+        keep = _needs_grad(tensors)
+        result, _ = torch.ops.gfnode_fast.row_mlp(
+            *(tensor.contiguous() for tensor in tensors), _code(activation), keep
+        )
+        shaped: Tensor = result.view(*parts[0].shape[:-1], weights.weight2.shape[0])
+        return shaped
+
+
+def _needs_grad(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
 
 def _code(activation: Activation) -> int:
     assert isinstance(activation, nn.Module)
@@ -70,21 +87,16 @@ def _code(activation: Activation) -> int:
 
 
 def _register() -> None:
-    for name, function in (
-        ("egnn_edges", _egnn_fake),
-        ("egnn_edges_backward", _egnn_backward_fake),
-        ("sum_edges", _sum_fake),
-        ("sum_edges_backward", _sum_backward_fake),
+    for name, fake, backward_fake, setup, backward in (
+        ("egnn_edges", _egnn_fake, _egnn_backward_fake, _egnn_context, _egnn_backward),
+        ("sum_edges", _sum_fake, _sum_backward_fake, _sum_context, _sum_backward),
+        ("row_mlp", _mlp_fake, _mlp_backward_fake, _mlp_context, _mlp_backward),
     ):
-        torch.library.register_fake(f"gfnode_fast::{name}", function)
-    torch.library.register_autograd(
-        "gfnode_fast::egnn_edges", _egnn_backward, setup_context=_egnn_context
-    )
-    torch.library.register_autograd(
-        "gfnode_fast::sum_edges", _sum_backward, setup_context=_sum_context
-    )
-    for name in ("egnn_edges", "sum_edges"):
-        torch.library.register_autograd(f"gfnode_fast::{name}_backward", _no_second_derivative)
+        op = f"gfnode_fast::{name}"
+        torch.library.register_fake(op, fake)
+        torch.library.register_fake(f"{op}_backward", backward_fake)
+        torch.library.register_autograd(op, backward, setup_context=setup)
+        torch.library.register_autograd(f"{op}_backward", _no_second_derivative)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
@@ -151,3 +163,38 @@ def _sum_backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
         grad_sum.contiguous(), *ctx.saved_tensors, ctx.activation
     )
     return node, edge, None, None, None
+
+
+def _mlp_fake(
+    a: Tensor,
+    b: Tensor,
+    w0: Tensor,
+    b0: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    activation: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    width = w0.shape[0] + -w0.shape[0] % CompiledKernels.width_multiple
+    rows = a.shape[0]
+    return a.new_empty(rows, w2.shape[0]), a.new_empty(rows if keep else 0, width)
+
+
+def _mlp_backward_fake(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(grad.new_empty(tensor.shape) for tensor in rest[:6])
+
+
+def _mlp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:6], output[1])
+    ctx.activation = inputs[6]
+
+
+def _mlp_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
+    grads = torch.ops.gfnode_fast.row_mlp_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.activation
+    )
+    return (*grads, None, None)

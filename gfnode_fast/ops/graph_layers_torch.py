@@ -6,14 +6,15 @@ The products with W_a, W_b are taken once per node and the one with W_e once for
 is linear after the mean over neighbours (the second linear of GraphSAGE's and GCN's edge MLP) is
 taken per node too. Any activation, dtype and device; differentiable any number of times.
 
-What remains per edge is an `EdgePhase`: `TorchEdges` here, a compiled one in graph_layers_cpp.py.
+The parts in which the time goes are `LayerKernels`: `TorchKernels` here, compiled ones in
+graph_layers_cpp.py.
 
 Shapes: T copies of n nodes, E edges; x, v (T, n, 3), h (T, n, K), edges sorted by row; H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -65,8 +66,8 @@ class PerEdgeWeights(NamedTuple):
     displacement_bias: Tensor  # (1,)
 
 
-class EdgePhase(Protocol):
-    """What is done per edge: from per-node and per-edge summands to sums over neighbours."""
+class LayerKernels(Protocol):
+    """What is done per edge, from summands to sums over neighbours, and the MLPs on nodes."""
 
     width_multiple: int
     """H, W and C are padded with zeros to a multiple of this."""
@@ -86,9 +87,12 @@ class EdgePhase(Protocol):
     def sum(self, node: Tensor, edge: Tensor, edges: Topology, activation: Activation) -> Tensor:
         """node (T, n, 2H), edge (E, H) → Σ act(node_row + node_col + edge) (T, n, H)."""
 
+    def mlp(self, parts: Sequence[Tensor], weights: MLPWeights, activation: Activation) -> Tensor:
+        """One or two parts (T, n, ...) side by side → (T, n, out)."""
 
-class TorchEdges:
-    """`EdgePhase` in PyTorch."""
+
+class TorchKernels:
+    """`LayerKernels` in PyTorch."""
 
     width_multiple = 1
 
@@ -115,6 +119,10 @@ class TorchEdges:
     def sum(self, node: Tensor, edge: Tensor, edges: Topology, activation: Activation) -> Tensor:
         return _sum_onto_rows(activation(_gather(node, edge, edges)), edges)
 
+    def mlp(self, parts: Sequence[Tensor], weights: MLPWeights, activation: Activation) -> Tensor:
+        z = F.linear(torch.cat(tuple(parts), dim=-1), weights.weight0, weights.bias0)
+        return F.linear(activation(z), weights.weight2, weights.bias2)
+
 
 def _gather(node: Tensor, edge: Tensor, edges: Topology) -> Tensor:
     """node_row + node_col + edge, (T, E, H)."""
@@ -135,12 +143,12 @@ def split_egnn(
     weights: EGNNWeights,
     activation: Activation,
     norm: bool,
-    phase: EdgePhase,
+    kernels: LayerKernels,
 ) -> State:
     """An EGNN layer; oracle `gfnode_fast.reference.layers.EGNNLayer`."""
     x, v, h = state
     message, coordinate = weights.message, weights.coordinate
-    multiple = phase.width_multiple
+    multiple = kernels.width_multiple
     node, edge = _summands(h, edge_fea, message.weight0[:, 1:], message.bias0, multiple)
     per_edge = PerEdgeWeights(
         _padded(message.weight0[:, 0], multiple),
@@ -151,10 +159,10 @@ def split_egnn(
         _padded(coordinate.weight2[0], multiple),
         coordinate.bias2,
     )
-    messages, shift = phase.egnn(x, node, edge, edges, per_edge, activation, norm)
+    messages, shift = kernels.egnn(x, node, edge, edges, per_edge, activation, norm)
     shift = (shift / _degree(edges, x).clamp(min=1)).clamp(-MAX_DISPLACEMENT, MAX_DISPLACEMENT)
-    x = x + _mlp(h, weights.velocity, activation) * v + shift
-    h = _mlp(torch.cat((h, messages[..., : h.shape[-1]]), dim=-1), weights.node, activation)
+    x = x + kernels.mlp((h,), weights.velocity, activation) * v + shift
+    h = kernels.mlp((h, messages[..., : h.shape[-1]]), weights.node, activation)
     return x, v, h
 
 
@@ -165,20 +173,18 @@ def split_mean(
     weights: MeanWeights,
     activation: Activation,
     concatenate_self: bool,
-    phase: EdgePhase,
+    kernels: LayerKernels,
 ) -> State:
     """A GraphSAGE (`concatenate_self`) or GCN layer; oracles in `gfnode_fast.reference.layers`."""
     c = torch.cat(state, dim=-1)
-    mlp, multiple = weights.edge, phase.width_multiple
+    mlp, multiple = weights.edge, kernels.width_multiple
     node, edge = _summands(c, edge_fea, mlp.weight0, mlp.bias0, multiple)
     degree = _degree(edges, c)
-    mean = phase.sum(node, edge, edges, activation) / degree.clamp(min=1)
+    mean = kernels.sum(node, edge, edges, activation) / degree.clamp(min=1)
     weight = F.pad(mlp.weight2, (0, mean.shape[-1] - mlp.weight2.shape[1]))
     # A node without edges has mean 0, not the bias.
     mean = F.linear(mean, weight) + mlp.bias2 * (degree > 0)
-    if concatenate_self:
-        mean = torch.cat((c, mean), dim=-1)
-    c = c + _mlp(mean, weights.node, activation)
+    c = c + kernels.mlp((c, mean) if concatenate_self else (mean,), weights.node, activation)
     x, v, h = c.split((3, 3, c.shape[-1] - COORDINATE_WIDTH), dim=-1)
     return x, v, h
 
@@ -205,7 +211,3 @@ def _padded(weight: Tensor, multiple: int) -> Tensor:
 
 def _degree(edges: Topology, like: Tensor) -> Tensor:
     return edges.row_start.diff().to(like.dtype).unsqueeze(-1)
-
-
-def _mlp(z: Tensor, mlp: MLPWeights, activation: Activation) -> Tensor:
-    return F.linear(activation(F.linear(z, mlp.weight0, mlp.bias0)), mlp.weight2, mlp.bias2)

@@ -1,5 +1,5 @@
-// The edge kernels for each instruction set, and the choice at run time.
-#include "edge_layers.h"
+// The kernels for each instruction set, and the choice at run time.
+#include "kernels.h"
 
 #include <algorithm>
 #include <cstring>
@@ -15,10 +15,12 @@ namespace baseline {  // 128-bit vectors: every x86-64 and arm64
 #define GFNODE_TILE_ROWS 4
 #include "tile.inc"
 #include "edge_layers.inc"
+#include "row_mlp.inc"
 #undef GFNODE_LANES
 #undef GFNODE_TILE_ROWS
 #undef GFNODE_INLINE
-constexpr EdgeKernels kernels{"128-bit", egnn_forward, egnn_backward, sum_forward, sum_backward};
+constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,
+                        sum_backward, mlp_forward,   mlp_backward};
 }  // namespace baseline
 
 // clang has no `#pragma GCC target`; there the compiler's own flags decide.
@@ -32,10 +34,12 @@ namespace avx2 {
 #define GFNODE_TILE_ROWS 4
 #include "tile.inc"
 #include "edge_layers.inc"
+#include "row_mlp.inc"
 #undef GFNODE_LANES
 #undef GFNODE_TILE_ROWS
 #undef GFNODE_INLINE
-constexpr EdgeKernels kernels{"avx2", egnn_forward, egnn_backward, sum_forward, sum_backward};
+constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,
+                        sum_backward, mlp_forward,   mlp_backward};
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -46,29 +50,31 @@ namespace avx512 {
 #define GFNODE_TILE_ROWS 12
 #include "tile.inc"
 #include "edge_layers.inc"
+#include "row_mlp.inc"
 #undef GFNODE_LANES
 #undef GFNODE_TILE_ROWS
 #undef GFNODE_INLINE
-constexpr EdgeKernels kernels{"avx512", egnn_forward, egnn_backward, sum_forward, sum_backward};
+constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,
+                        sum_backward, mlp_forward,   mlp_backward};
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
 
-const EdgeKernels &choose() {
+const Kernels &choose() {
 #ifdef GFNODE_X86_KERNELS
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-    return avx512::kernels;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
+    return avx512::table;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
 #endif
-  return baseline::kernels;
+  return baseline::table;
 }
 
 }  // namespace
 
-const EdgeKernels &edge_kernels() {
-  static const EdgeKernels &chosen = choose();
+const Kernels &kernels() {
+  static const Kernels &chosen = choose();
   return chosen;
 }
 

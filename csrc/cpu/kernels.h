@@ -1,0 +1,22 @@
+// The CPU kernels, compiled for several instruction sets.
+#pragma once
+#include "edge_layers.h"
+#include "row_mlp.h"
+
+namespace gfnode {
+
+// `begin`, `end`: edges of every copy, or rows.
+struct Kernels {
+  void (*egnn_forward)(const EgnnEdges &, int64_t begin, int64_t end);
+  void (*egnn_backward)(const EgnnEdges &, const EgnnGrads &, const EgnnWeightGrads &, int64_t begin,
+                        int64_t end);
+  void (*sum_forward)(const SumEdges &, int64_t begin, int64_t end);
+  void (*sum_backward)(const SumEdges &, int64_t begin, int64_t end);
+  void (*mlp_forward)(const RowMlp &, int64_t begin, int64_t end);
+  void (*mlp_backward)(const RowMlp &, const RowMlpGrads &, int64_t begin, int64_t end);
+};
+
+// Those of the widest instruction set this processor has.
+const Kernels &kernels();
+
+}  // namespace gfnode
