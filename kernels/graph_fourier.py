@@ -93,7 +93,7 @@ def _synthesise_tile(
 ):
     """Σ_m U[n, m] modes[m, c] on a tile of atoms and channels."""
     acc = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-    for _ in tl.range(0, num_modes, loop_unroll_factor=2):
+    for _ in range(0, num_modes):
         u = tl.load(u_ptr, mask=mask_n, other=0.0).to(ACC)
         y = tl.load(modes_ptr, mask=mask_c, other=0.0).to(ACC)
         acc += u[:, None] * y[None, :]

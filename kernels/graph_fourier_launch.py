@@ -19,7 +19,8 @@ from gfnode_fast.kernels.launch import ceil_div, next_power_of_2, on_device_of, 
 from gfnode_fast.kernels.registry import AotCase
 
 MAX_MODES = 128  # a forward tile holds all modes
-TILE = 2048  # elements of a tile: 16 registers a thread at 4 warps
+TILE = 2048  # elements of a tile
+MAX_REGISTERS = 200  # without it ptxas spills a few cold values to fit more warps
 MAX_BLOCK_C = 128
 MANY_PROGRAMS = 2048  # with as many tiles, a program takes all times of its molecule
 
@@ -39,7 +40,8 @@ def launch_graph_fourier_fwd(
         _graph_fourier_fwd_kernel[(batch, ceil_div(channels, block_c))](
             rows, eigvecs, modes, ptr, _eig_ptr(ptr), rows.stride(0), *_eig_strides(eigvecs),
             channels, NUM_MODES=num_modes, NUM_ATOMS=num_atoms,
-            BLOCK_M=block_m, BLOCK_C=block_c, ACC=_acc(signal), num_warps=_warps(block_m * block_c),
+            BLOCK_M=block_m, BLOCK_C=block_c, ACC=_acc(signal),
+            num_warps=_warps(block_m * block_c, signal.dtype), maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return modes
 
@@ -72,7 +74,8 @@ def launch_inverse_graph_fourier_fwd(
             channels, times, times_per_program,
             NUM_MODES=num_modes, NUM_ATOMS=num_atoms, SILU=activation == "silu",
             HAS_RESIDUAL=residual is not None, HAS_CENTROID=centroid is not None,
-            BLOCK_N=block_n, BLOCK_C=block_c, ACC=_acc(modes), num_warps=_warps(block_n * block_c),
+            BLOCK_N=block_n, BLOCK_C=block_c, ACC=_acc(modes),
+            num_warps=_warps(block_n * block_c, modes.dtype), maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return out
 
@@ -103,7 +106,7 @@ def launch_inverse_graph_fourier_bwd(
             grad_modes.stride(0), channels, times,
             NUM_MODES=num_modes, NUM_ATOMS=num_atoms, SILU=activation == "silu",
             HAS_ADDED=wants_added, BLOCK_N=block_n, BLOCK_C=block_c, ACC=_acc(modes),
-            num_warps=_warps(block_n * block_c),
+            num_warps=_warps(block_n * block_c, modes.dtype), maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return grad_modes.to(modes.dtype), grad_added
 
@@ -125,7 +128,8 @@ def launch_graph_fourier_eigvecs_bwd(
             *grad.stride()[:2], *modes.stride()[:3], *_eig_strides(eigvecs), channels, times,
             NUM_MODES=num_modes, NUM_ATOMS=num_atoms, SILU=activation == "silu",
             BLOCK_N=block_n, BLOCK_M=next_power_of_2(num_modes), BLOCK_C=block_c,
-            ACC=_acc(modes), num_warps=_warps(block_n * block_c),
+            ACC=_acc(modes),
+            num_warps=_warps(block_n * block_c, modes.dtype), maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return grad_eigvecs
 
@@ -172,8 +176,10 @@ def _tile(num_atoms: int, channels: int) -> tuple[int, int]:
     return block_n, min(next_power_of_2(channels), MAX_BLOCK_C, TILE // block_n)
 
 
-def _warps(elements: int) -> int:
-    return min(max(elements // 512, 1), 4)
+def _warps(elements: int, dtype: torch.dtype) -> int:
+    """A warp for 8 registers a thread of tile, so that backward's several tiles do not spill."""
+    registers = elements * (2 if dtype == torch.float64 else 1)
+    return min(max(registers // 256, 1), 8)
 
 
 def aot_cases() -> list[AotCase]:
@@ -213,8 +219,9 @@ def _aot_cases(num_atoms: int, channels: int, num_modes: int, dtype: str) -> lis
             name=f"{name} {dtype} N={num_atoms or 'ragged'} C={channels} M={num_modes}",
             signature=signature | dict.fromkeys(integers, "i32"),
             constexprs=constexprs,
-            num_warps=_warps(elements),
+            num_warps=_warps(elements, torch.float64 if dtype == "fp64" else torch.float32),
             divisible_by_16=tuple(rows) if channels % 16 == 0 else (),
+            options={"maxnreg": MAX_REGISTERS},
         )
 
     tile = {"BLOCK_N": block_n, "BLOCK_C": block_c, "SILU": True}
