@@ -29,13 +29,13 @@ OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
 def demo_command(output: str = "runs/demo") -> int:
-    """Train a small model on the shipped aspirin trajectory for about two minutes.
+    """Train a small model on the shipped aspirin trajectory for at most about two minutes.
 
     Args:
         output: directory of the run; a number is added if it exists.
     """
     directory = _new_directory(Path(output))
-    console.say("GF-NODE on a GFN2-xTB trajectory of aspirin, heavy atoms, about two minutes")
+    console.say("GF-NODE on aspirin's heavy atoms (GFN2-xTB, 500 K), two minutes at most")
     with console.training_progress() as progress:
         result = run_demo(directory, progress=progress)
     console.say_training(result.training)

@@ -51,14 +51,15 @@ def step_progress(unit: str) -> Iterator[Callable[[int, int, str], None]]:
         with _bar(unit) as show:
             yield show
         return
-    spoken = -_LINE_EVERY
+    spoken, last = -_LINE_EVERY, ""
 
     def line(done: int, total: int, note: str) -> None:
-        nonlocal spoken
+        nonlocal spoken, last
         now = time.monotonic()
-        if now - spoken >= _LINE_EVERY or done == total:
-            spoken = now
-            say(f"{unit} {done}/{total}" + (f"  {note}" if note else ""))
+        text = f"{unit} {done}/{total}" + (f"  {note}" if note else "")
+        if text != last and (now - spoken >= _LINE_EVERY or done == total):
+            spoken, last = now, text
+            say(text)
 
     yield line
 

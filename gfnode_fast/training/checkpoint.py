@@ -107,7 +107,8 @@ def write_checkpoint(
     path = directory / f"{name}.json"
     write_json(path, {"format": FORMAT, "version": VERSION, "files": files, **manifest})
     current = {entry["name"] for entry in files.values()}
-    for stale in directory.glob(f"{name}-*.safetensors"):
+    # Of earlier checkpoints, and of a process that was killed while writing.
+    for stale in (*directory.glob(f"{name}-*.safetensors"), *directory.glob(f".{name}*.tmp")):
         if stale.name not in current:
             stale.unlink()
     return path

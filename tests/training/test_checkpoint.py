@@ -41,6 +41,7 @@ def test_the_model_file_is_a_plain_state_dict(tmp_path):
 
 def test_old_files_go_when_the_new_manifest_stands(tmp_path):
     write(tmp_path, 1)
+    (tmp_path / ".last-0.model.safetensors.1.tmp").touch()
     write(tmp_path, 2, name="best")
     write(tmp_path, 3)
     names = sorted(path.name.split("-")[0] for path in tmp_path.iterdir())
@@ -125,7 +126,8 @@ def test_another_version_is_refused(tmp_path):
 
 
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
-    path = write(tmp_path / "run" if (tmp_path / "run").mkdir() is None else tmp_path, 1)
+    (tmp_path / "run").mkdir()
+    path = write(tmp_path / "run", 1)
     (model,) = path.parent.glob("*.model.safetensors")
     model.rename(tmp_path / model.name)
     manifest = json.loads(path.read_text())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -367,6 +368,30 @@ def test_tensorboard_missing_is_said(trajectory_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(RuntimeError, match=r"gfnode-fast\[tensorboard\]"):
         train(small_config(trajectory_file, tmp_path / "run", tensorboard=True))
+
+
+def test_tensorboard_gets_every_row(trajectory_file, tmp_path, monkeypatch):
+    """Through a stand-in with the two methods used, so that it is tested without the package."""
+    written = []
+
+    class Writer:
+        def __init__(self, directory):
+            self.directory = directory
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append(self.directory)
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    train(small_config(trajectory_file, tmp_path / "run", tensorboard=True))
+    rows = read_metrics(tmp_path / "run")
+    assert ("train/loss", rows[0]["loss"], 2) in written
+    assert ("validation/val_mse", rows[2]["val_mse"], 4) in written
+    assert written[-1] == str(tmp_path / "run" / "tensorboard")
 
 
 def test_the_loss_is_the_published_one(trajectory_file, tmp_path):
