@@ -13,9 +13,10 @@ from gfnode_fast.training.config import (
 )
 from gfnode_fast.training.demo import DemoResult, run_demo
 from gfnode_fast.training.evaluation import evaluate
+from gfnode_fast.training.events import NonFiniteLossError, TrainEvent, TrainResult
 from gfnode_fast.training.extxyz import write_extxyz
 from gfnode_fast.training.figure import save_figure
-from gfnode_fast.training.loop import NonFiniteLossError, TrainEvent, TrainResult, train
+from gfnode_fast.training.loop import train
 from gfnode_fast.training.metrics import read_metrics
 from gfnode_fast.training.prediction import (
     TrajectoryPrediction,

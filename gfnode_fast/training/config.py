@@ -153,12 +153,14 @@ class ModelConfig:
     norm: bool = False
     flat: bool = False
     backend: str = "auto"
+    solver_mode: Literal["joint", "per_molecule", "exact"] = "joint"
 
     def __post_init__(self) -> None:
         _positive_int("model.n_layers", self.n_layers)
         _positive_int("model.hidden_nf", self.hidden_nf)
         _positive_int("model.num_modes", self.num_modes)
         _positive_int("model.time_emb_dim", self.time_emb_dim, minimum=4)
+        _choice("model.solver_mode", self.solver_mode, ("joint", "per_molecule", "exact"))
         _positive("model.rtol", self.rtol)
         _positive("model.atol", self.atol)
         _choice(

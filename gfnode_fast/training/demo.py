@@ -11,8 +11,9 @@ import torch
 
 from gfnode_fast.training.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from gfnode_fast.training.evaluation import evaluate
+from gfnode_fast.training.events import Callback, TrainResult
 from gfnode_fast.training.figure import save_figure
-from gfnode_fast.training.loop import Callback, TrainResult, train
+from gfnode_fast.training.loop import train
 from gfnode_fast.training.report import Report
 
 # The error must end at least this fraction below that of "nothing moves".

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +31,14 @@ from gfnode_fast.training.config import (
     config_to_dict,
     differences,
 )
+from gfnode_fast.training.events import (
+    Callback,
+    NonFiniteLossError,
+    Status,
+    TrainEvent,
+    TrainResult,
+)
+from gfnode_fast.training.interruption import interruptions
 from gfnode_fast.training.metrics import MetricsLog
 from gfnode_fast.training.optimizer import (
     GuardedAdam,
@@ -49,55 +55,6 @@ from gfnode_fast.training.problem import (
     resolve_device,
     torch_dtype,
 )
-
-Status = Literal["completed", "early_stopped", "max_steps", "max_seconds", "interrupted"]
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or its gradient was not finite; the message names the step."""
-
-
-@dataclass(frozen=True)
-class TrainEvent:
-    """What the progress callback gets, at every reading of the losses and every validation.
-
-    Attributes:
-        kind: ``start``, ``train`` (a reading), ``validation`` or ``end``.
-        step, total_steps: optimiser steps made, and to make in all.
-        epoch: passes completed.
-        values: the numbers of the row just written to the metrics, if any.
-    """
-
-    kind: Literal["start", "train", "validation", "end"]
-    step: int
-    total_steps: int
-    epoch: int
-    values: Mapping[str, float] = field(default_factory=dict)
-
-
-Callback = Callable[[TrainEvent], None]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended.
-
-    Attributes:
-        status: ``completed``, ``early_stopped``, or, resumable, ``max_steps``, ``max_seconds``,
-            ``interrupted``.
-        output: the run's directory.
-        step, epoch: optimiser steps and passes made in all.
-        best_mse, best_epoch: of the best validation, ``None`` before the first.
-        seconds: wall-clock time of this call's training.
-    """
-
-    status: Status
-    output: Path
-    step: int
-    epoch: int
-    best_mse: float | None
-    best_epoch: int | None
-    seconds: float
 
 
 @dataclass
@@ -144,7 +101,7 @@ def train(
         )
     checkpoint = _read_resumable(config) if resume else None
     device = resolve_device(config.device)
-    with forked_random_state(device), _interruptions() as interrupted:
+    with forked_random_state(device), interruptions() as interrupted:
         run = _Run(config, device, checkpoint, interrupted, progress)
         with contextlib.closing(run.metrics):
             return run.run()
@@ -429,26 +386,3 @@ def _read_resumable(config: TrainConfig) -> Checkpoint:
             f"got changes in {'; '.join(changed)}; undo them or start a new run"
         )
     return checkpoint
-
-
-@contextlib.contextmanager
-def _interruptions() -> Iterator[threading.Event]:
-    """An event set by the first SIGINT or SIGTERM; the second gets the previous handler."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.getsignal(number) for number in signals}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        event.set()
-        signal.signal(number, previous[signal.Signals(number)])
-
-    for number in signals:
-        signal.signal(number, handle)
-    try:
-        yield event
-    finally:
-        for number in signals:
-            signal.signal(number, previous[number])

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.data import Trajectory, WindowDataset, Windows
+from gfnode_fast.solvers.tableau import ADAPTIVE
 from gfnode_fast.training.problem import forked_random_state
 from gfnode_fast.training.trained import TrainedModel, load_model
 
 Array = npt.NDArray[Any]
-
-ADAPTIVE_SOLVERS = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
 
 
 def predict(
@@ -88,7 +87,7 @@ def _predict_one(trained: TrainedModel, dataset: WindowDataset, index: int, time
     )
     together = [timeframes]
     if trained.config.model.use_vae and groups > 1:
-        if trained.config.model.solver not in ADAPTIVE_SOLVERS:
+        if trained.config.model.solver not in ADAPTIVE:
             raise ValueError(
                 f"predict: `times` must be at most {width} different ones for a VAE model with "
                 f"the fixed-step solver {trained.config.model.solver}, got {len(times)}; "

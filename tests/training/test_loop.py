@@ -496,3 +496,16 @@ def test_trajectories_with_gaps_have_their_own_times(tmp_path):
     sparse.save(tmp_path / "sparse.npz")
     config = small_config(tmp_path / "sparse.npz", tmp_path / "run", max_steps=2)
     assert train(config).step == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", [{}, VAE], ids=["plain", "vae"])
+def test_training_on_a_gpu_resumes_and_guards(trajectory_file, tmp_path, monkeypatch, model):
+    config = small_config(trajectory_file, tmp_path / "run", model=model, device="cuda")
+    assert train(replace(config, max_steps=5)).status == "max_steps"
+    with monkeypatch.context() as patch:
+        nan_trajectory_step(patch, 2)
+        with pytest.raises(NonFiniteLossError, match="at step 7;"):
+            train(config, resume=True)
+    assert train(config, resume=True).status == "completed"
+    assert load_model(tmp_path / "run", device="cuda").device.type == "cuda"
