@@ -1,8 +1,20 @@
 """GF-NODE (Graph Fourier Neural ODEs, arXiv 2411.01600) at hardware speed."""
 
-from gfnode_fast import reference
+from gfnode_fast import data, ops, reference, solvers
 from gfnode_fast._version import __version__
 from gfnode_fast.info import info
 from gfnode_fast.nn import FourierMD
+from gfnode_fast.training import evaluate, predict, train
 
-__all__ = ["FourierMD", "__version__", "info", "reference"]
+__all__ = [
+    "FourierMD",
+    "__version__",
+    "data",
+    "evaluate",
+    "info",
+    "ops",
+    "predict",
+    "reference",
+    "solvers",
+    "train",
+]
