@@ -47,6 +47,12 @@ def make_batch(row: Row, device: torch.device, dtype: torch.dtype | None = None)
     return dataset.batch(index)
 
 
+def normal(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Seeded normal numbers, the same up to rounding in every dtype and on every device."""
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+
+
 def union_size(batch: Batch) -> int:
     """L, the number of distinct times in a batch."""
     return batch.timeframes.unique().numel()

@@ -98,7 +98,7 @@ def measure(row: Row, device: torch.device, checker: Checker, effort: Effort) ->
         if name == "U0" and (seconds := predict_u0_seconds(row, device)) > effort.u0_limit_s:
             results[name] = {
                 "status": "skipped",
-                "reason": f"about {seconds:.0f} s an execution, the limit is {effort.u0_limit_s:.0f} s",
+                "reason": f"about {seconds:.0f} s once, the limit is {effort.u0_limit_s:.0f} s",
             }
             continue
         try:

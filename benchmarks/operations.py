@@ -130,9 +130,8 @@ def _require_own(contender: str, model: nn.Module, method: str) -> None:
 
 def _signals(row: Row, batch: Batch, width: int, copies: int = 1) -> dict[str, Tensor]:
     """Encoded-looking state: real positions and velocities, seeded features."""
-    generator = torch.Generator().manual_seed(inputs.SEED)
     atoms = batch.x.shape[0] * copies
-    h = torch.randn(atoms, width, generator=generator, dtype=batch.x.dtype).to(batch.x.device)
+    h = inputs.normal((atoms, width), batch.x)
     leaves = {"x": batch.x.repeat(copies, 1), "v": batch.v.repeat(copies, 1), "h": h}
     return {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
 
@@ -177,9 +176,9 @@ def _decoder(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
 
 def _graph_layer(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
     """The first decoder layer on T copies of the batch's graph."""
-    layer = model.decode_layers[0]
-    if contender == "C1":
-        layer = c1.compile_function(layer, fullgraph=True)
+    layer = model.decode_layers[0]  # C1 on the CPU has compiled it
+    if contender == "C1" and torch.cuda.is_available():
+        layer = c1.compile_function(layer)
     elif contender in OURS and type(layer).__module__.startswith("gfnode_fast.reference"):
         raise Unavailable("the drop-in's graph layers are the reference's in this version")
     leaves = _signals(row, batch, model.hidden_nf + model.time_emb_dim, inputs.NUM_TIMES)
@@ -219,14 +218,13 @@ def _transform_task(contender: str, row: Row, device: torch.device) -> Task:
     batch = inputs.make_batch(row, device)
     width = inputs.model_config(row)["hidden_nf"]
     eigvecs, num_modes = batch.U_batch.contiguous(), row.num_modes
-    generator = torch.Generator().manual_seed(inputs.SEED)
     inverse = row.op == "inverse_graph_fourier"
     shape = (
         (inputs.NUM_TIMES, row.batch, num_modes, width)
         if inverse
         else (row.batch, eigvecs.shape[1], width)
     )
-    signal = torch.randn(shape, generator=generator).to(device, eigvecs.dtype).requires_grad_()
+    signal = inputs.normal(shape, eigvecs).requires_grad_()
     function = _transforms(contender, inverse, eigvecs, num_modes)
     with torch.no_grad():
         written = function(signal).nbytes

@@ -15,10 +15,8 @@ from gfnode_fast.data import Batch
 
 def initial_modes(row: Row, batch: Batch, width: int) -> Tensor:
     """(M, B, 1, K) modal state of seeded features, requiring grad."""
-    generator = torch.Generator().manual_seed(inputs.SEED)
     shape = (row.num_modes, row.batch, 1, width)
-    y0 = torch.randn(shape, generator=generator).to(batch.x.device, batch.x.dtype)
-    return y0.requires_grad_()
+    return inputs.normal(shape, batch.x).requires_grad_()
 
 
 def solve_ours(ode: nn.Module, y0: Tensor, s: Tensor) -> Tensor:

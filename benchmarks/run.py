@@ -23,6 +23,8 @@ from typing import Any
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported
+
 import torch
 
 from benchmarks import environment
