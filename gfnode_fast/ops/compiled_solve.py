@@ -6,8 +6,6 @@ from torch import Tensor
 
 from gfnode_fast.ops.mode_rhs import right_hand_side
 from gfnode_fast.reference.propagator import LinearBasisRHS, ModeODE
-from gfnode_fast.solvers.compiled import solve_compiled
-from gfnode_fast.solvers.compiled_grid import solve_compiled_grid
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import ADAPTIVE, FIXED_GRID, TABLEAUS
 
@@ -39,6 +37,10 @@ def compiled_solve(ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats
         RuntimeError: see `check_compilable`.
         SolverError: non-finite state or step underflow.
     """
+    # Here, not above: torch's compiler takes a second to import.
+    from gfnode_fast.solvers.compiled import solve_compiled
+    from gfnode_fast.solvers.compiled_grid import solve_compiled_grid
+
     check_compilable(ode)
     rhs = right_hand_side(ode.ode_func)
     structure = (ode.ode_func.mode_interaction, ode.ode_func.time_mode)

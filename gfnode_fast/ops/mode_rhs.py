@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gfnode_fast.ops import mode_rhs_registered as on_triton
+from gfnode_fast.ops.dispatch import choose_backend
+from gfnode_fast.ops.mode_rhs_folded import fold_attention, fold_linear, fold_mlp
 from gfnode_fast.reference.propagator import LinearBasisRHS, ModeRHS
 from gfnode_fast.reference.time_embedding import SolverTimeEmbedding
 from gfnode_fast.solvers.rhs import GeneralRHS, LinearRHS, RightHandSide
@@ -31,6 +34,11 @@ def _mlp(z: Tensor, weight0: Tensor, bias0: Tensor, weight2: Tensor, bias2: Tens
     return F.linear(F.relu(F.linear(z, weight0, bias0)), weight2, bias2)
 
 
+def _linear(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear of z (R, M, E); in 3-D its derivative would fix R in a compiled graph."""
+    return F.linear(z.flatten(0, 1), weight, bias).unflatten(0, z.shape[:2])
+
+
 def _attend(
     z: Tensor,
     in_weight: Tensor,
@@ -41,10 +49,10 @@ def _attend(
     post_bias: Tensor,
 ) -> Tensor:
     """One-head self-attention over the modes of each row, z (R, M, E), and the linear after it."""
-    query, key, value = F.linear(z, in_weight, in_bias).chunk(3, dim=-1)
+    query, key, value = _linear(z, in_weight, in_bias).chunk(3, dim=-1)
     scores = torch.bmm(query, key.transpose(1, 2)) / math.sqrt(z.shape[-1])
     mixed = torch.bmm(scores.softmax(dim=-1), value)
-    return F.linear(F.linear(mixed, out_weight, out_bias), post_weight, post_bias)
+    return _linear(_linear(mixed, out_weight, out_bias), post_weight, post_bias)
 
 
 def _mix_by_mlp(z: Tensor, *mlp: Tensor) -> Tensor:
@@ -99,3 +107,71 @@ def right_hand_side(module: ModeRHS | LinearBasisRHS) -> RightHandSide:
         return torch.bmm(z.transpose(0, 1), weight).transpose(0, 1)
 
     return GeneralRHS(module, general, (weight, *mixer, *time_mlp))
+
+
+def mode_rhs(module: ModeRHS, s: Tensor | None, y: Tensor, *, backend: str = "auto") -> Tensor:
+    """The right-hand side dy/ds of the spectral ODE.
+
+    z = [y, e(s)], mixed across modes or not; dy/ds[m] = z[m] @ weights1[m]
+
+    Args:
+        module: reference right-hand side: mode interaction, time mode, parameters.
+        s: 0-dim normalised time; None where `module.time_mode` is "none".
+        y: (M, R, C) modes of R rows, dtype and device of the parameters.
+        backend: "torch", "triton" (fp32 and fp64, C <= 64, products of constant matrices taken
+            together), or "auto", which is "torch" as long as the Triton kernels have not run on
+            hardware.
+
+    Returns:
+        (M, R, C).
+
+    Raises:
+        TypeError, ValueError: shape, dtype or device that does not match; a time that is missing
+            or not wanted.
+        RuntimeError: Triton was asked for and cannot serve.
+
+    Notes:
+        Deterministic. Torch is differentiable any number of times, Triton once, in y, the
+        parameters and, through the embedding, s.
+    """
+    backend, _ = choose_backend("mode_rhs", backend)
+    modes, _, channels = module.weights1.shape
+    if y.dim() != 3 or y.shape[0] != modes or y.shape[2] != channels:
+        raise ValueError(
+            f"mode_rhs: `y` must be ({modes}, R, {channels}) for weights1 "
+            f"{tuple(module.weights1.shape)}, got {tuple(y.shape)}; reshape it"
+        )
+    if y.dtype != module.weights1.dtype:
+        raise TypeError(
+            f"mode_rhs: `y` must be {module.weights1.dtype} like the parameters, got {y.dtype}; "
+            "convert one of them"
+        )
+    if y.device != module.weights1.device:
+        raise ValueError(
+            f"mode_rhs: `y` must be on {module.weights1.device} like the parameters, got "
+            f"{y.device}; move it"
+        )
+    if (s is None) != (module.time_mode == "none") or (s is not None and s.dim() != 0):
+        wanted = "None" if module.time_mode == "none" else "a 0-dim tensor"
+        got = None if s is None else tuple(s.shape)
+        raise ValueError(
+            f"mode_rhs: `s` must be {wanted} with time_mode={module.time_mode!r}, got {got}; pass "
+            "the time that the embedding takes"
+        )
+    rows = y.transpose(0, 1)
+    if backend == "torch":
+        time = y.new_zeros(()) if s is None else s
+        return right_hand_side(module)(time, rows).transpose(0, 1)
+    e = None
+    if module.time_embedding is not None and s is not None:
+        e = _embed(module.time_embedding, s, _parameters(module, "time_mlp."))[0].to(y.dtype)
+    weight = module.weights1
+    mixer = _parameters(module, "attn.", "post_attn_linear.", "mlp.")
+    out: Tensor
+    if module.mode_interaction == "attention":
+        out = on_triton.mode_attention(rows, *fold_attention(weight, e, channels, *mixer))
+    elif module.mode_interaction == "concat":
+        out, _ = on_triton.mode_mlp(rows, *fold_mlp(weight, e, channels, *mixer))
+    else:
+        out = on_triton.mode_linear(rows, *fold_linear(weight, e, channels))
+    return out.transpose(0, 1)

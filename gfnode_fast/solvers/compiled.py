@@ -50,7 +50,9 @@ def call_graph(graph: Callable[..., Any], *inputs: Tensor, dynamic: Sequence[int
 
 
 def canonical(tensor: Tensor) -> Tensor:
-    """A contiguous copy with the strides of its shape, unit dimensions included."""
+    """A contiguous copy with the strides of its shape, unit dimensions included, in memory of its
+    own: the compiler guards strides, and its loops take no two inputs that share memory.
+    """
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
@@ -135,10 +137,8 @@ class _CompiledSolve(torch.autograd.Function):
         ctx: Any, graphs: Graphs, stats: SolveStats, times: Tensor, y0: Tensor, *parameters: Tensor
     ) -> Tensor:
         y0 = canonical(y0)
-        detached = [p.detach() for p in parameters]
-        values, t, dt, y, k, report = call_graph(
-            graphs.forward, y0, times, *detached, dynamic=(1, 2)
-        )
+        copies = [canonical(p) for p in parameters]
+        values, t, dt, y, k, report = call_graph(graphs.forward, y0, times, *copies, dynamic=(1, 2))
         *accepted, done = report.tolist()
         if not done:
             _explain(graphs.solve, y0, t, dt, y, k, times, parameters)
@@ -167,7 +167,7 @@ class _CompiledSolve(torch.autograd.Function):
             y,
             k,
             first_accepted,
-            *(p.detach() for p in parameters),
+            *(canonical(p) for p in parameters),
             dynamic=(2, 2, 1, 1, 2, 2),
         )
         batch = times.shape[0]

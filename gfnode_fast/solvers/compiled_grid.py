@@ -57,13 +57,13 @@ class _CompiledGridSolve(torch.autograd.Function):
     ) -> Tensor:
         batch = times.shape[0]
         y = canonical(y0)
-        detached = [p.detach() for p in parameters]
+        copies = [canonical(p) for p in parameters]
         values = y.new_empty(*times.shape, y[0].numel() * (y.shape[0] // batch))
         starts, pieces = [], list(_pieces(times))
         tableau = graphs.solve.tableau
         for piece in pieces:
             starts.append(y)
-            states = call_graph(graphs.forward, y, piece.grid, *detached, dynamic=(1, 1))
+            states = call_graph(graphs.forward, y, piece.grid, *copies, dynamic=(1, 1))
             by_molecule = states.view(len(states), batch, -1)
             values[piece.molecule, piece.slot] = by_molecule[piece.point, piece.molecule]
             y = states[-1].clone()
@@ -79,7 +79,7 @@ class _CompiledGridSolve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> Any:
         parameters, starts = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        detached = [p.detach() for p in parameters]
+        copies = [canonical(p) for p in parameters]
         grad_y = torch.zeros_like(starts[0])
         grads = [torch.zeros_like(p) for p in parameters]
         for piece, y in zip(reversed(ctx.pieces), reversed(starts), strict=True):
@@ -95,7 +95,7 @@ class _CompiledGridSolve(torch.autograd.Function):
                 piece.grid,
                 grad_states,
                 grad_y,
-                *detached,
+                *copies,
                 dynamic=(1, 1, 2, 1),
             )
             grads = [a + b for a, b in zip(grads, more, strict=True)]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.while_loop import while_loop
+from torch._higher_order_ops.while_loop import while_loop_op
 
 from gfnode_fast.solvers.control import (
     MAX_GROWTH,
@@ -29,8 +29,21 @@ Function = Callable[..., Tensor]
 
 PullBack = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
-record_loop = torch.ops.higher_order.while_loop_stack_output
-"""`while_loop` that returns the carries of every pass, stacked."""
+Carries = tuple[Tensor, ...]
+
+
+def loop(proceed: Callable[..., Tensor], body: Callable[..., Carries], carries: Carries) -> Carries:
+    """`body` on the carries while `proceed`: one node in a traced graph, a plain loop outside."""
+    out: Carries = while_loop_op(proceed, body, carries, ())
+    return out
+
+
+def record_loop(
+    proceed: Callable[..., Tensor], body: Callable[..., Carries], carries: Carries
+) -> Carries:
+    """`loop` that returns the carries of every pass, stacked."""
+    out: Carries = torch.ops.higher_order.while_loop_stack_output(proceed, body, carries, ())
+    return out
 
 
 def combine(stages: list[Tensor], row: Row, step: Tensor) -> Tensor:
@@ -158,7 +171,7 @@ class TracedSolve:
             )
 
         first = (start, step, y.clone(), k.clone(), y.new_zeros(3, *y.shape), start > 0)
-        ends, next_steps, ys, ks, coefficients, accepted = record_loop(proceed, body, first, ())
+        ends, next_steps, ys, ks, coefficients, accepted = record_loop(proceed, body, first)
         t, dt = (torch.cat((a[None], b)) for a, b in ((start, ends), (step, next_steps)))
         y_all, k_all = (torch.cat((a[None], b)) for a, b in ((y, ys), (k, ks)))
 
@@ -241,7 +254,7 @@ class TracedSolve:
         left = torch.zeros((), dtype=torch.int64, device=y.device) + (t.shape[0] - 1)
         zero = torch.zeros_like(y[0])
         grads = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]
-        _, grad_y, grad_k, grad_h, *grads = while_loop(
+        _, grad_y, grad_k, grad_h, *grads = loop(
             proceed, body, (left, zero, zero.clone(), torch.zeros_like(dt[0]), *grads)
         )
         pull_back: PullBack = torch.func.vjp(self.begin, y[0], *parameters)[1]

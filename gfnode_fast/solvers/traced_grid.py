@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.while_loop import while_loop
 
 from gfnode_fast.solvers.tableau import Tableau
-from gfnode_fast.solvers.traced import Function, PullBack, record_loop, runge_kutta
+from gfnode_fast.solvers.traced import Function, PullBack, loop, record_loop, runge_kutta
 
 
 class TracedGrid:
@@ -32,7 +31,7 @@ class TracedGrid:
             return index + 1, self._step(y, t, end, *parameters).contiguous()
 
         index = torch.zeros((), dtype=torch.int64, device=y.device)
-        return torch.cat((y[None], record_loop(proceed, body, (index, y.clone()), ())[1]))
+        return torch.cat((y[None], record_loop(proceed, body, (index, y.clone()))[1]))
 
     def backward(
         self, y: Tensor, grid: Tensor, grad_states: Tensor, grad_end: Tensor, *parameters: Tensor
@@ -68,5 +67,4 @@ class TracedGrid:
 
         index = torch.zeros((), dtype=torch.int64, device=y.device) + (grid.shape[0] - 1)
         grads = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]
-        out: tuple[Tensor, ...] = while_loop(proceed, body, (index, grad_end.clone(), *grads))
-        return out[1:]
+        return loop(proceed, body, (index, grad_end.clone(), *grads))[1:]
