@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gfnode_fast.data import WindowDataset, save_windows
 from gfnode_fast.nn import FourierMD
+from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -243,13 +244,8 @@ class _Run:
 
     def _step(self, index: Tensor) -> None:
         batch = self.train_set.batch(index)
-        try:
+        with self._naming_failed_solves(f"at step {self.position.step + 1}"):
             predicted, _, _, kld = self.model(**batch.inputs())
-        except AssertionError as error:  # torchdiffeq's word for a step size that is 0 or NaN
-            raise NonFiniteLossError(
-                f"train: `loss` must be finite, got a failed ODE solve ({error}) at step "
-                f"{self.position.step + 1}; {self._advice()}"
-            ) from error
         loss = (predicted - batch.target).square().mean()
         if self.config.model.use_vae:
             loss = loss + self.config.optim.kl_weight * kld
@@ -264,6 +260,17 @@ class _Run:
         position.step, position.batch = position.step + 1, position.batch + 1
         if position.step % len(self.readings) == 0:
             self._read()
+
+    @contextlib.contextmanager
+    def _naming_failed_solves(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        # AssertionError: torchdiffeq's word for a step size that is 0 or NaN.
+        except (SolverError, AssertionError) as error:
+            raise NonFiniteLossError(
+                f"train: `loss` must be finite, got a failed ODE solve ({error}) {where}; "
+                f"{self._advice()}"
+            ) from error
 
     def _read(self) -> None:
         loss, norm = np.mean(self._check_readings(), axis=0)
@@ -294,9 +301,10 @@ class _Run:
     def _validate(self) -> None:
         self._check_readings()
         position, optim = self.position, self.config.optim
-        mse, last = mean_squared_errors(
-            self.model, self.val_set, batch_size=optim.batch_size, seed=optim.seed
-        )
+        with self._naming_failed_solves(f"in the validation after step {position.step}"):
+            mse, last = mean_squared_errors(
+                self.model, self.val_set, batch_size=optim.batch_size, seed=optim.seed
+            )
         improved = position.best_mse is None or mse < position.best_mse
         if improved:
             position.best_mse, position.best_epoch = mse, position.epoch

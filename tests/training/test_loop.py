@@ -18,6 +18,7 @@ import torch
 
 from gfnode_fast import reference
 from gfnode_fast.data import Trajectory, WindowDataset
+from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.training import (
     CheckpointError,
     ConfigError,
@@ -285,15 +286,30 @@ def test_non_finite_loss_is_found_before_a_checkpoint_is_written(
     assert read_checkpoint(tmp_path / "run" / "last.json").manifest["position"]["step"] == 2
 
 
-def test_a_failed_solve_is_reported_with_its_step(trajectory_file, tmp_path, monkeypatch):
-    config = small_config(trajectory_file, tmp_path / "run")
+@pytest.mark.parametrize(
+    "failure",
+    [
+        AssertionError("underflow in dt nan"),  # torchdiffeq's
+        SolverError("dopri5: underflow in dt nan", time=0.0, step=0.0, rows=[]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("training", "where"), [(True, "at step 1;"), (False, "in the validation after step 4;")]
+)
+def test_a_failed_solve_is_reported_with_its_step(
+    trajectory_file, tmp_path, monkeypatch, failure, training, where
+):
+    forward = loop_module.FourierMD.forward
 
-    def underflow(self, *args, **kwargs):
-        raise AssertionError("underflow in dt nan")
+    def fail(self, *args, **kwargs):
+        if self.training == training:
+            raise failure
+        return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(loop_module.FourierMD, "forward", underflow)
-    with pytest.raises(NonFiniteLossError, match="underflow in dt nan.* at step 1;"):
-        train(config)
+    monkeypatch.setattr(loop_module.FourierMD, "forward", fail)
+    with pytest.raises(NonFiniteLossError, match=f"underflow in dt nan.* {where}"):
+        train(small_config(trajectory_file, tmp_path / "run"))
+    read_checkpoint(tmp_path / "run" / "last.json")
 
 
 def test_guarded_adam_leaves_everything_as_it_was():
