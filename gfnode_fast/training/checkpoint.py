@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from gfnode_fast.data.files import atomic_write
 
 FORMAT = "gfnode_fast checkpoint"
 VERSION = 1
@@ -50,32 +51,10 @@ class Checkpoint:
         }
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` so that ``path`` holds either its old or its new content, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
 def write_json(path: Path, values: object) -> None:
     """Write ``values`` as JSON, atomically."""
-    write_atomically(path, (json.dumps(values, indent=1) + "\n").encode())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with atomic_write(path) as stream:
+        stream.write((json.dumps(values, indent=1) + "\n").encode())
 
 
 def write_checkpoint(
@@ -102,7 +81,8 @@ def write_checkpoint(
         digest = hashlib.sha256(content).hexdigest()
         file = directory / f"{name}-{digest[:16]}.{part}.safetensors"
         if not file.exists():
-            write_atomically(file, content)
+            with atomic_write(file) as stream:
+                stream.write(content)
         files[part] = {"name": file.name, "sha256": digest}
     path = directory / f"{name}.json"
     write_json(path, {"format": FORMAT, "version": VERSION, "files": files, **manifest})

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gfnode_fast.data.elements import SYMBOLS
-from gfnode_fast.training.checkpoint import write_atomically
+from gfnode_fast.data.files import atomic_write
 
 Array = npt.NDArray[Any]
 
@@ -50,7 +50,8 @@ def write_extxyz(
             f"{symbol:<2} {x:15.8f} {y:15.8f} {z:15.8f}"
             for symbol, (x, y, z) in zip(symbols, frame.tolist(), strict=True)
         ]
-    write_atomically(Path(path), ("\n".join(lines) + "\n").encode())
+    with atomic_write(path) as stream:
+        stream.write(("\n".join(lines) + "\n").encode())
 
 
 def _quoted(value: object) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from pathlib import Path
 from typing import Any
 
-from gfnode_fast.training.checkpoint import write_atomically
+from gfnode_fast.data.files import atomic_write
 from gfnode_fast.training.report import (
     CONSTANT_VELOCITY,
     MEAN_STRUCTURE,
@@ -55,9 +54,8 @@ def save_figure(report: Report, path: str | Path, *, title: str | None = None) -
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
         panel.title.set_fontweight("bold")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_atomically(Path(path), picture.getvalue())
+    with atomic_write(path) as stream:
+        figure.savefig(stream, format="png")
 
 
 def _title(report: Report) -> str:

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gfnode_fast.training.checkpoint import write_atomically
+from gfnode_fast.data.files import atomic_write
 
 COLUMNS = ("kind", "step", "epoch", "seconds", "lr", "loss", "grad_norm", "val_mse", "val_mse_last")
 
@@ -37,9 +37,11 @@ class MetricsLog:
         rows = read_metrics(directory)[:keep_rows] if keep_rows else []
         self.num_rows = len(rows)
         json_path, csv_path = directory / "metrics.jsonl", directory / "metrics.csv"
-        write_atomically(json_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        with atomic_write(json_path) as stream:
+            stream.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         header = ",".join(COLUMNS) + "\n"
-        write_atomically(csv_path, (header + "".join(_csv_line(row) for row in rows)).encode())
+        with atomic_write(csv_path) as stream:
+            stream.write((header + "".join(_csv_line(row) for row in rows)).encode())
         self._json = open(json_path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._csv = open(csv_path, "a", encoding="utf-8", newline="")  # noqa: SIM115 (closed by close)
 

@@ -158,3 +158,13 @@ def test_refusals(change, error, message):
     arguments = {"positions": POSITIONS, "numbers": np.array([6, 6]), "dt_fs": 0.5}
     with pytest.raises(error, match=message):
         Trajectory(**{**arguments, **change})
+
+
+def test_content_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
+    with atomic_write(tmp_path / "x") as stream:
+        stream.write(b"1")
+    assert events == ["fsync", "rename", "fsync"]

@@ -11,7 +11,6 @@ from gfnode_fast.training.checkpoint import (
     CheckpointError,
     find_checkpoint,
     read_checkpoint,
-    write_atomically,
     write_checkpoint,
 )
 
@@ -83,15 +82,6 @@ def test_a_crash_after_the_manifest_leaves_the_new_checkpoint_whole(tmp_path, mo
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path, 2)
     assert read_checkpoint(tmp_path / "last.json").model["w"][0, 0] == 2
-
-
-def test_content_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
-    events = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
-    write_atomically(tmp_path / "x", b"1")
-    assert events == ["fsync", "rename", "fsync"]
 
 
 def flip_a_byte(path):
