@@ -2,7 +2,9 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 namespace gfnode {
@@ -60,13 +62,23 @@ constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,
 #pragma GCC pop_options
 #endif
 
+// ATen's own limit on instruction sets holds here too; a wrong value of it is ATen's to announce.
+bool allowed(const char *instruction_set) {
+  const char *limit = std::getenv("ATEN_CPU_CAPABILITY");
+  if (!limit || std::strcmp(limit, "avx512") == 0) return true;
+  if (std::strcmp(limit, "avx2") == 0) return std::strcmp(instruction_set, "avx2") == 0;
+  return std::strcmp(limit, "default") != 0;
+}
+
 const Kernels &choose() {
 #ifdef GFNODE_X86_KERNELS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+  if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw"))
     return avx512::table;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
+  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return avx2::table;
 #endif
   return baseline::table;
 }

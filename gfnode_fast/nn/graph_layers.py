@@ -11,7 +11,13 @@ from gfnode_fast.reference.layers import MLP, EGNNLayer, GCNLayer, SAGELayer
 
 
 def apply_layer(
-    layer: nn.Module, state: State, edges: Topology, edge_fea: Tensor, *, recompute: bool
+    layer: nn.Module,
+    state: State,
+    edges: Topology,
+    edge_fea: Tensor,
+    *,
+    recompute: bool,
+    backend: str = "auto",
 ) -> State:
     """One layer on T copies of the graph, state (T*n, ...)."""
     if isinstance(layer, EGNNLayer):
@@ -21,12 +27,21 @@ def apply_layer(
         )
         activation = message.mlp[1]
         return egnn_layer(
-            *state, edges, edge_fea, egnn, activation, norm=layer.norm, recompute=recompute
+            *state,
+            edges,
+            edge_fea,
+            egnn,
+            activation,
+            norm=layer.norm,
+            recompute=recompute,
+            backend=backend,
         )
     assert isinstance(layer, SAGELayer | GCNLayer)
     mean = MeanWeights(_weights(layer.edge_mlp), _weights(layer.node_mlp))
     op = gcn_layer if isinstance(layer, GCNLayer) else sage_layer
-    return op(*state, edges, edge_fea, mean, layer.edge_mlp.mlp[1], recompute=recompute)
+    return op(
+        *state, edges, edge_fea, mean, layer.edge_mlp.mlp[1], recompute=recompute, backend=backend
+    )
 
 
 def _weights(mlp: MLP) -> MLPWeights:
