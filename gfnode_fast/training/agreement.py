@@ -14,6 +14,7 @@ from torch import Tensor
 from gfnode_fast import reference
 from gfnode_fast.data import WindowDataset, draw_windows
 from gfnode_fast.nn import FourierMD
+from gfnode_fast.training.checkpoint import CheckpointError
 from gfnode_fast.training.config import DataConfig
 from gfnode_fast.training.problem import (
     EDGE_FEATURES,
@@ -107,6 +108,9 @@ def check_checkpoint(
         CheckpointError: not the state_dict of a FourierMD. ValueError, TypeError: options that do
         not fit the weights or the molecule.
     """
+    for name, count in (("batch_size", batch_size), ("repeats", repeats)):
+        if count < 1:
+            raise ValueError(f"check: `{name}` must be at least 1, got {count}; raise it")
     state = read_state_dict(checkpoint)
     arguments = infer_arguments(state, time_mode=time_mode)
     for name, width in (("in_node_nf", NODE_FEATURES), ("in_edge_nf", EDGE_FEATURES)):
@@ -152,7 +156,14 @@ def check_checkpoint(
 
     with forked_random_state(place):
         oracle = reference.FourierMD(**keywords)
-        oracle.load_state_dict(state)
+        try:
+            oracle.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"check: `checkpoint` must be the whole state_dict of one FourierMD, got "
+                f"{checkpoint}, which does not fit the sizes in it ({' '.join(str(error).split())}); "
+                "save model.state_dict()"
+            ) from error
         fast = FourierMD(**keywords, backend=backend)
         fast.load_state_dict(state)
         single = batch(torch.float32)

@@ -5,7 +5,8 @@ A checkpoint NAME in a run's directory is three files:
 * ``NAME-<hash>.model.safetensors``: exactly the model's state_dict;
 * ``NAME-<hash>.state.safetensors``: everything else that is a tensor (graph, optimiser, random
   state);
-* ``NAME.json``: the manifest. It names the two others with their SHA-256 and holds the rest.
+* ``NAME.json``: the manifest. It names the two others with their SHA-256, holds the rest, and its
+  own SHA-256.
 
 Every file is written beside its place, fsynced and renamed, the manifest last; tensor files are
 named by their content and never overwritten by other content. So at any moment ``NAME.json``
@@ -77,15 +78,16 @@ def write_checkpoint(
     files = {}
     for part, tensors in (("model", model), ("state", state)):
         plain = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
-        content = safetensors.save(plain)
-        digest = hashlib.sha256(content).hexdigest()
+        packed = safetensors.save(plain)
+        digest = hashlib.sha256(packed).hexdigest()
         file = directory / f"{name}-{digest[:16]}.{part}.safetensors"
         if not file.exists():
             with atomic_write(file) as stream:
-                stream.write(content)
+                stream.write(packed)
         files[part] = {"name": file.name, "sha256": digest}
     path = directory / f"{name}.json"
-    write_json(path, {"format": FORMAT, "version": VERSION, "files": files, **manifest})
+    content = {"format": FORMAT, "version": VERSION, "files": files, **manifest}
+    write_json(path, {**content, "sha256": _digest(content)})
     current = {entry["name"] for entry in files.values()}
     # Of earlier checkpoints, and of a process that was killed while writing.
     for stale in (*directory.glob(f"{name}-*.safetensors"), *directory.glob(f".{name}*.tmp")):
@@ -134,6 +136,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise _broken(path, f"a manifest of format {FORMAT!r}", "another kind of file")
     if manifest.get("version") != VERSION:
         raise _broken(path, f"of version {VERSION}", f"version {manifest.get('version')!r}")
+    digest = manifest.pop("sha256", None)
+    if digest != _digest(manifest):
+        raise _broken(path, f"of SHA-256 {str(digest)[:16]}…", f"{_digest(manifest)[:16]}…")
     parts = {}
     for part in ("model", "state"):
         entry = manifest["files"][part]
@@ -146,6 +151,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             raise _broken(file, f"of SHA-256 {entry['sha256'][:16]}…", f"{digest[:16]}…")
         parts[part] = safetensors.load(content)
     return Checkpoint(path, parts["model"], parts["state"], manifest)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _broken(path: Path, expected: str, got: str) -> CheckpointError:

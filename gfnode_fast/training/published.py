@@ -49,6 +49,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"got {type(values).__name__} in {path}; save model.state_dict()"
         )
     state = {str(name): value for name, value in values.items()}
+    for name, value in state.items():
+        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"check: `checkpoint` must hold finite floating-point weights, got {value.dtype} "
+                f"or NaN or infinity in {name} of {path}; save an intact model.state_dict()"
+            )
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -76,9 +82,13 @@ def _load_torch(path: Path) -> Any:
             f"check: `checkpoint` must hold weights alone, got {path}, which torch refuses to "
             f"read without running code from it ({reason}); save model.state_dict()"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (MemoryError, PermissionError):
+        raise
+    # Damage shows as anything: RuntimeError, EOFError, KeyError, IndexError, OSError 22.
+    except Exception as error:
         raise CheckpointError(
-            f"check: `checkpoint` must be what torch.save wrote, got {path} ({error}); "
+            f"check: `checkpoint` must be what torch.save wrote, got {path} "
+            f"({type(error).__name__}: {error}); "
             "the file is damaged or of another kind"
         ) from error
 
@@ -107,11 +117,13 @@ def infer_arguments(state: Mapping[str, Tensor], *, time_mode: str | None = None
 
 
 def _infer(state: Mapping[str, Tensor], time_mode: str | None) -> dict[str, Any]:
-    hidden, in_node = state["embedding.weight"].shape
+    hidden, in_node = _matrix(state, "embedding.weight")
     layers = {name.split(".")[1] for name in state if name.startswith("encode_layers.")}
     layer = _layer_sizes(state, "encode_layers.0.")
     decoder = _layer_sizes(state, "decode_layers.0.")
     weights = state["freq_conv.t_conv.ode_func.weights1"]
+    if weights.dim() not in (3, 4):
+        raise KeyError("freq_conv.t_conv.ode_func.weights1")
     rhs = {name.removeprefix("freq_conv.t_conv.ode_func.") for name in state}
     width = decoder["width"] - hidden
     linear = weights.dim() == 4
@@ -150,17 +162,25 @@ def _infer(state: Mapping[str, Tensor], time_mode: str | None) -> dict[str, Any]
     return arguments
 
 
+def _matrix(state: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """Shape of the matrix of this name; KeyError when there is none."""
+    if state[name].dim() != 2:
+        raise KeyError(name)
+    rows, columns = state[name].shape
+    return rows, columns
+
+
 def _layer_sizes(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     """Kind, width (hidden_nf, or with the time embedding), edge width and flatness of a layer."""
     if prefix + "edge_message_net.scalar_net.mlp.0.weight" in state:
-        width = int(state[prefix + "coord_net.mlp.0.weight"].shape[1])
-        out, columns = state[prefix + "edge_message_net.scalar_net.mlp.0.weight"].shape
+        width = _matrix(state, prefix + "coord_net.mlp.0.weight")[1]
+        out, columns = _matrix(state, prefix + "edge_message_net.scalar_net.mlp.0.weight")
         in_edge = columns - 2 * width - 1
         return {"kind": "egnn", "width": width, "in_edge": in_edge, "flat": out == 4 * width}
     # SAGE and GCN layers work on positions, velocities and features at once.
-    channels = int(state[prefix + "edge_mlp.mlp.2.weight"].shape[0])
-    out, columns = state[prefix + "edge_mlp.mlp.0.weight"].shape
-    node_columns = state[prefix + "node_mlp.mlp.0.weight"].shape[1]
+    channels = _matrix(state, prefix + "edge_mlp.mlp.2.weight")[0]
+    out, columns = _matrix(state, prefix + "edge_mlp.mlp.0.weight")
+    node_columns = _matrix(state, prefix + "node_mlp.mlp.0.weight")[1]
     return {
         "kind": "sage" if node_columns == 2 * channels else "gcn",
         "width": channels - 6,

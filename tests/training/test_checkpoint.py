@@ -115,15 +115,21 @@ def test_another_version_is_refused(tmp_path):
         read_checkpoint(path)
 
 
-def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
-    (tmp_path / "run").mkdir()
-    path = write(tmp_path / "run", 1)
-    (model,) = path.parent.glob("*.model.safetensors")
-    model.rename(tmp_path / model.name)
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: m.pop("files"),
+        lambda m: m.pop("sha256"),
+        lambda m: m["files"]["model"].update(name="../elsewhere.model.safetensors"),
+        lambda m: m["config"].update(value=2),
+    ],
+)
+def test_an_edited_manifest_is_refused(tmp_path, edit):
+    path = write(tmp_path, 1)
     manifest = json.loads(path.read_text())
-    manifest["files"]["model"]["name"] = f"../{model.name}"
+    edit(manifest)
     path.write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match="SHA-256"):
         read_checkpoint(path)
 
 

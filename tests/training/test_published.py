@@ -126,6 +126,39 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
         read_state_dict(tmp_path / name)
 
 
+def test_truncated_files_are_named(tmp_path):
+    torch.save(model().state_dict(), tmp_path / "x.pt")
+    content = (tmp_path / "x.pt").read_bytes()
+    for length in (100, len(content) // 2, len(content) - 1):
+        (tmp_path / "cut.pt").write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=r"what torch.save wrote, got .*cut\.pt"):
+            read_state_dict(tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("embedding.weight", torch.zeros(3), "a usable 'embedding.weight'"),
+        ("freq_conv.t_conv.ode_func.weights1", torch.zeros(3), "a usable 'freq_conv"),
+        ("embedding.bias", torch.zeros(3), "size mismatch for embedding.bias"),
+        ("embedding.bias", torch.zeros(8, dtype=torch.int64), "torch.int64 .* in embedding.bias"),
+        ("embedding.bias", torch.full((8,), torch.nan), "NaN or infinity in embedding.bias"),
+        ("extra", torch.zeros(3), 'Unexpected key.* "extra"'),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, trajectory_file, name, tensor, message):
+    torch.save(model().state_dict() | {name: tensor}, tmp_path / "x.pt")
+    data = DataConfig(trajectory=str(trajectory_file), **SMALL)
+    with pytest.raises(CheckpointError, match=message):
+        check_checkpoint(tmp_path / "x.pt", data=data)
+
+
+@pytest.mark.parametrize("option", ["batch_size", "repeats"])
+def test_nothing_to_run_is_refused(tmp_path, option):
+    with pytest.raises(ValueError, match=f"`{option}` must be at least 1, got 0"):
+        check_checkpoint(tmp_path / "x.pt", **{option: 0})
+
+
 def test_other_content_is_refused(tmp_path):
     torch.save({"lr": 0.1}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="must hold a state_dict"):
