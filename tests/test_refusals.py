@@ -87,6 +87,7 @@ FORWARD_REFUSALS: list[tuple[dict[str, Any], Change, type[Exception], str]] = [
     ({}, edit("timeframes", lambda t: t / 0), ValueError, "timeframes"),
     ({}, edit("timeframes", lambda t: t * float("nan")), ValueError, "timeframes"),
     ({}, edit("timeframes", lambda t: t > 5), TypeError, "timeframes"),
+    ({}, edit("timeframes", lambda t: t.requires_grad_()), ValueError, "timeframes"),
     ({"num_modes": 6}, put(), ValueError, "num_modes"),
     ({"num_modes": 4, "fourier_basis": "linear"}, put(), ValueError, "num_modes"),
     ({"num_modes": 3, "fourier_basis": None, "no_fourier": True}, put(), ValueError, "num_modes"),
@@ -132,6 +133,17 @@ def test_unneeded_arguments_may_be_missing() -> None:
     given = inputs()
     given["U_batch"] = None
     assert torch.isfinite(model(**given)[0]).all()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_times_may_require_gradients_where_nothing_is_lost(model: Any) -> None:
+    given = inputs()
+    given["timeframes"].requires_grad_()
+    with torch.no_grad():
+        model(**constructor())(**given)
+    without_solve = model(**constructor(propagate_x=False, propagate_h=False))
+    without_solve(**given)[2].sum().backward()
+    assert given["timeframes"].grad.abs().sum() > 0
 
 
 def test_unknown_arguments_are_refused() -> None:

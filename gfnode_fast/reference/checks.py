@@ -194,6 +194,7 @@ def check_forward(
     in_node_nf: int,
     in_edge_nf: int,
     basis: str | None,
+    solves: bool,
     parameter: Tensor,
 ) -> tuple[int, int]:
     """Refuse inputs with which the published model cannot run; returns (B, N).
@@ -233,7 +234,7 @@ def check_forward(
     if basis == "graph":
         shape = (batch, num_atoms, num_atoms)
         _check_tensor("U_batch", eigvecs, shape, dtype, "Laplacian eigenvectors (B, N, N)")
-    _check_times(timeframes, batch, num_timesteps)
+    _check_times(timeframes, batch, num_timesteps, solves)
     named = {"x": x, "h": h, "v": v, "loc_mean": loc_mean, "timeframes": timeframes}
     named |= {"edge_fea": edge_fea} | ({"U_batch": eigvecs} if basis == "graph" else {})
     for name, value in named.items():
@@ -290,7 +291,7 @@ def _check_edges(
     )
 
 
-def _check_times(timeframes: object, batch: int, num_timesteps: int) -> None:
+def _check_times(timeframes: object, batch: int, num_timesteps: int, solves: bool) -> None:
     if (
         isinstance(timeframes, Tensor)
         and timeframes.dim() == 2
@@ -309,6 +310,14 @@ def _check_times(timeframes: object, batch: int, num_timesteps: int) -> None:
     assert isinstance(timeframes, Tensor)
     if timeframes.dtype == torch.bool or timeframes.is_complex():
         refuse(TypeError, "timeframes", "real numbers", describe(timeframes), "pass frame counts")
+    if solves and timeframes.requires_grad and torch.is_grad_enabled():
+        refuse(
+            ValueError,
+            "timeframes",
+            "without requires_grad: no gradient passes through the union of all output times",
+            describe(timeframes),
+            "pass timeframes.detach()",
+        )
     if not ((timeframes > 0) & (timeframes < float("inf"))).all():
         refuse(
             ValueError,

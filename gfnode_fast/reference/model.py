@@ -194,7 +194,7 @@ class FourierMD(nn.Module):
             edge_fea: (E, in_edge_nf) edge features.
             v: (B*N, 3) velocities, in units of x per frame.
             loc_mean: (B*N, 3) each molecule's centroid, repeated per atom.
-            timeframes: (B, T) output times in frames, > 0.
+            timeframes: (B, T) output times in frames, > 0; not differentiable.
             U_batch: (B, N, N) Laplacian eigenvectors in columns, ascending; graph basis only.
 
         Returns:
@@ -217,6 +217,7 @@ class FourierMD(nn.Module):
             in_node_nf=self.in_node_nf,
             in_edge_nf=self.in_edge_nf,
             basis=self.fourier_basis,
+            solves=(self.propagate_x or self.propagate_h) and not self.no_ode,
             parameter=self.embedding.weight,
         )
         assert v is not None
