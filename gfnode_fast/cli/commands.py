@@ -123,6 +123,11 @@ def predict_command(
         raise ConfigError(
             f"predict: `output` must end in .extxyz or .xyz, got {output!r}; rename it"
         )
+    if trajectory is None and dt_fs is not None:
+        raise ConfigError(
+            f"predict: `dt_fs` must be left out without `trajectory`, got {dt_fs}; "
+            "the training's trajectory has its own"
+        )
     starts, ahead = _integers("start", start), _integers("times", times)
     trained = load_model(run, device=device)
     data = trained.config.data

@@ -161,8 +161,8 @@ def check_checkpoint(
         except RuntimeError as error:
             raise CheckpointError(
                 f"check: `checkpoint` must be the whole state_dict of one FourierMD, got "
-                f"{checkpoint}, which does not fit the sizes in it ({' '.join(str(error).split())}); "
-                "save model.state_dict()"
+                f"{checkpoint}, whose weights do not fit each other "
+                f"({' '.join(str(error).split())}); save model.state_dict()"
             ) from error
         fast = FourierMD(**keywords, backend=backend)
         fast.load_state_dict(state)

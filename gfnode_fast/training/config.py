@@ -52,7 +52,7 @@ class DataConfig:
     Attributes:
         trajectory: a file that ``gfnode_fast.data.load_trajectory`` reads, or ``sample:aspirin``
             / ``sample:ethanol`` for the shipped GFN2-xTB runs.
-        dt_fs: time between frames in fs when the file does not say (or says it wrongly).
+        dt_fs: time between frames in fs when the file does not say.
         topology: topology file for DCD/XTC/H5 trajectories.
         format: reader to use when the file name does not tell.
         heavy_only: drop hydrogens (as published for MD17; keep them for MD22).
@@ -93,6 +93,17 @@ class DataConfig:
         _must(ok, "data.trajectory", "a file or sample:NAME", self.trajectory, "name one")
         if self.dt_fs is not None:
             _positive("data.dt_fs", self.dt_fs)
+        if self.trajectory.startswith(SAMPLE_PREFIX):
+            for name in ("dt_fs", "topology", "format"):
+                value = getattr(self, name)
+                _must(value is None, f"data.{name}", "null for a sample", value, "leave it out")
+            _must(
+                self.heavy_only,
+                "data.heavy_only",
+                "true for a sample, which has no hydrogens",
+                self.heavy_only,
+                "leave it out, or make a trajectory with gfnode-fast data simulate",
+            )
         _choice("data.bonds", self.bonds, ("covalent", "published"))
         _choice("data.sampling", self.sampling, ("irregular", "regular"))
         _choice("data.split", self.split, ("blocks", "published"))

@@ -21,7 +21,12 @@ from gfnode_fast.training.geometry import (
     superpose,
 )
 from gfnode_fast.training.metrics import read_metrics
-from gfnode_fast.training.problem import Problem, forked_random_state, load_problem
+from gfnode_fast.training.problem import (
+    Problem,
+    check_time_step,
+    forked_random_state,
+    load_problem,
+)
 from gfnode_fast.training.report import (
     CONSTANT_VELOCITY,
     MEAN_STRUCTURE,
@@ -63,9 +68,10 @@ def evaluate(
         device: where to compute, unless ``run`` is a loaded model.
 
     Raises:
-        ValueError: an unknown split. CheckpointError: missing, damaged, or the training
-            trajectory has changed. GraphMismatchError: another molecule, or an eigenvector basis
-            that is not one of its Laplacian; the stored basis is the one used.
+        ValueError: an unknown split, options that do not fit, frames of another spacing.
+            CheckpointError: missing, damaged, or the training trajectory has changed.
+            GraphMismatchError: another molecule, or an eigenvector basis that is not one of its
+            Laplacian; the stored basis is the one used.
 
     Deterministic for a given batch size; the VAE's noise comes from the training's seed.
     """
@@ -73,6 +79,13 @@ def evaluate(
         raise ValueError(
             f"evaluate: `split` must be one of {', '.join(SPLITS)}, got {split!r}; choose one"
         )
+    if trajectory is None and dt_fs is not None:
+        raise ValueError(
+            f"evaluate: `dt_fs` must be None without `trajectory`, got {dt_fs}; leave it out, "
+            "the training's trajectory has its own"
+        )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"evaluate: `batch_size` must be at least 1, got {batch_size}; raise it")
     trained = run if isinstance(run, TrainedModel) else load_model(run, device=device)
     data = trained.config.data
     if trajectory is not None:
@@ -80,6 +93,7 @@ def evaluate(
             data, trajectory=str(trajectory), dt_fs=dt_fs, format=None, split_file=None
         )
     problem = load_problem(data, stored_graph=trained.graph)
+    check_time_step("evaluate", trained.dt_fs, problem.trajectory)
     if trajectory is None and problem.hashes != trained.data_hashes:
         changed = [k for k, digest in problem.hashes.items() if digest != trained.data_hashes[k]]
         raise CheckpointError(

@@ -344,6 +344,7 @@ class _Run:
         state = {f"graph.{k}": t for k, t in graph_to_tensors(self.problem.graph).items()}
         manifest: dict[str, Any] = {
             "torch": torch.__version__,
+            "device": self.device.type,
             "config": config_to_dict(self.config),
             "num_atoms": self.problem.trajectory.num_atoms,
             "dt_fs": self.problem.trajectory.dt_fs,
@@ -371,6 +372,12 @@ class _Run:
                     f"(hash {digest[:16]}… instead of {stored[:16]}…); "
                     "restore the data or start a new run"
                 )
+        stored_device = checkpoint.manifest["device"]
+        if stored_device != self.device.type:
+            raise ConfigError(
+                f"train: `device` must be of the kind that the run was started on "
+                f"({stored_device}), got {self.device.type}; resume it on such a machine"
+            )
         self.model.load_state_dict(checkpoint.model)
         restore_optimizer(
             self.optimizer,

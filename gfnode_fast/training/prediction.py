@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gfnode_fast.data import Trajectory, WindowDataset, Windows
 from gfnode_fast.solvers.tableau import ADAPTIVE
-from gfnode_fast.training.problem import forked_random_state
+from gfnode_fast.training.problem import check_time_step, forked_random_state
 from gfnode_fast.training.trained import TrainedModel, load_model
 
 Array = npt.NDArray[Any]
@@ -204,8 +204,8 @@ def predict_from_trajectory(
         times: frames after each start, as for :func:`predict`.
 
     Raises:
-        ValueError: as :func:`predict`; another molecule; a start that the trajectory does not have
-            or has no velocity for.
+        ValueError: as :func:`predict`; another molecule or time step; a start that the trajectory
+            does not have or has no velocity for.
     """
     trained = model if isinstance(model, TrainedModel) else load_model(model)
     if trajectory.numbers.tolist() != trained.graph.numbers.tolist():
@@ -213,6 +213,7 @@ def predict_from_trajectory(
             f"predict: `trajectory` must be of the model's atoms {trained.graph.numbers.tolist()}, "
             f"got {trajectory.numbers.tolist()}; use its molecule and atom order"
         )
+    check_time_step("predict", trained.dt_fs, trajectory)
     wanted = np.asarray(starts, dtype=np.int64)
     usable = trajectory.frames[trajectory.starts()]
     bad = wanted[~np.isin(wanted, usable)]

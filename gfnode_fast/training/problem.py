@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -162,15 +164,20 @@ def resolve_device(name: str) -> torch.device:
     """The device that a configuration means.
 
     Raises:
-        RuntimeError: a GPU was asked for and there is none.
+        ValueError: another name. RuntimeError: a GPU was asked for that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(
+            f"train: `device` must be auto, cpu, cuda or cuda:N, got {name!r}; choose one of them"
+        )
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise RuntimeError(
-            f"train: `device` must be available, got {name!r} where torch finds no GPU; "
-            "use cpu or auto"
+            f"train: `device` must be available, got {name!r} where torch finds {count or 'no'} "
+            f"GPU{'s' if count > 1 else ''}; use cpu or auto"
         )
     return device
 
@@ -225,6 +232,20 @@ def check_graph(stored: MolecularGraph, found: MolecularGraph) -> None:
             f"graph: `eigvecs` must be an orthonormal eigenbasis of the molecule's Laplacian, "
             f"got the checkpoint's with a residual of {float(error):.2g}; "
             "the checkpoint was changed, use another"
+        )
+
+
+def check_time_step(op: str, trained_dt_fs: float, trajectory: Trajectory) -> None:
+    """Check that a trajectory has the frames of the training, in which times and velocities count.
+
+    Raises:
+        ValueError: it has another time step.
+    """
+    if not math.isclose(trained_dt_fs, trajectory.dt_fs, rel_tol=1e-3):
+        raise ValueError(
+            f"{op}: `trajectory` must have the training's {trained_dt_fs:g} fs between frames, "
+            f"got {trajectory.dt_fs:g} fs; times and velocities are counted in frames: use "
+            "frames of that spacing"
         )
 
 

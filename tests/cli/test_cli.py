@@ -77,6 +77,7 @@ def test_resume(config_file, tmp_path, capsys):
         (["train", "--data.trajectory", "sample:water"], "water"),
         (["train", "--resume", "nowhere"], "`resume` must be the directory of a run"),
         (["predict", "nowhere", "--times", "soon"], "`times` must be whole numbers"),
+        (["predict", "nowhere", "--dt_fs", "1"], "`dt_fs` must be left out without `trajectory`"),
         (["evaluate", "nowhere"], "nowhere"),
         (["evaluate", "nowhere", "--spilt", "test"], "spilt"),
         (["predict", "nowhere", "--output", "x.pdb"], "must end in .extxyz"),

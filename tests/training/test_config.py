@@ -40,7 +40,10 @@ def test_round_trip_through_plain_values(tmp_path):
     ("make", "name"),
     [
         (lambda: DataConfig(trajectory=""), "data.trajectory"),
-        (lambda: DataConfig(dt_fs=-1.0), "data.dt_fs"),
+        (lambda: DataConfig(trajectory="x.npz", dt_fs=-1.0), "data.dt_fs"),
+        (lambda: DataConfig(trajectory="sample:aspirin", dt_fs=1.0), "data.dt_fs"),
+        (lambda: DataConfig(trajectory="sample:aspirin", format="md17"), "data.format"),
+        (lambda: DataConfig(trajectory="sample:aspirin", heavy_only=False), "data.heavy_only"),
         (lambda: DataConfig(delta_frame=4), "data.delta_frame"),
         (lambda: DataConfig(train_size=0), "data.train_size"),
         (lambda: DataConfig(num_timesteps=True), "data.num_timesteps"),

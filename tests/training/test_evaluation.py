@@ -172,6 +172,27 @@ def test_another_trajectory_of_the_molecule(finished_run, tmp_path):
     assert report.trajectory.endswith("other.npz")
 
 
+def test_frames_of_another_spacing_are_refused(finished_run, tmp_path):
+    """Times and velocities are counted in frames: the errors would mean nothing."""
+    replace(small_trajectory(seed=3), dt_fs=1.0).save(tmp_path / "slow.npz")
+    with pytest.raises(ValueError, match=r"`trajectory` must have the training's 0.5 fs .* 1 fs"):
+        evaluate(finished_run, trajectory=tmp_path / "slow.npz", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "all"}, "`split` must be one of"),
+        ({"dt_fs": 1.0}, "`dt_fs` must be None without `trajectory`"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"device": "tpu"}, "`device` must be auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_options_that_cannot_be_served_are_refused(finished_run, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(finished_run, **options)
+
+
 def test_another_molecule_is_refused(finished_run, tmp_path):
     other = small_trajectory()
     replace(other, numbers=np.array([8, 6, 6])).save(tmp_path / "atoms.npz")

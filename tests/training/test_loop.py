@@ -28,7 +28,7 @@ from gfnode_fast.training import (
     train,
 )
 from gfnode_fast.training import loop as loop_module
-from gfnode_fast.training.checkpoint import read_checkpoint
+from gfnode_fast.training.checkpoint import read_checkpoint, write_checkpoint
 from gfnode_fast.training.loop import epoch_order
 from gfnode_fast.training.optimizer import GuardedAdam
 from small_run import small_config, small_trajectory
@@ -178,6 +178,23 @@ def test_resume_refuses_other_windows(trajectory_file, tmp_path, monkeypatch):
     draw = problem.draw_windows
     monkeypatch.setattr(problem, "draw_windows", lambda t, **kw: draw(t, **(kw | {"seed": 7})))
     with pytest.raises(CheckpointError, match="another windows"):
+        train(config, resume=True)
+
+
+def test_resume_refuses_another_kind_of_device(trajectory_file, tmp_path):
+    """Its random state and rounding are others."""
+    config = small_config(trajectory_file, tmp_path / "run", max_steps=1)
+    train(config)
+    stored = read_checkpoint(tmp_path / "run" / "last.json")
+    manifest = {k: v for k, v in stored.manifest.items() if k not in ("files", "format", "version")}
+    write_checkpoint(
+        tmp_path / "run",
+        "last",
+        model=stored.model,
+        state=stored.state,
+        manifest=manifest | {"device": "cuda"},
+    )
+    with pytest.raises(ConfigError, match=r"`device` must be of the kind .* \(cuda\), got cpu"):
         train(config, resume=True)
 
 

@@ -154,6 +154,8 @@ def test_from_a_trajectory_with_the_truth_beside(trained):
     )
     with pytest.raises(ValueError, match="`starts` must be frame numbers with a velocity, got 399"):
         predict_from_trajectory(trained, trajectory, [10, 399], [5])
+    with pytest.raises(ValueError, match="`trajectory` must have the training's 0.5 fs"):
+        predict_from_trajectory(trained, replace(trajectory, dt_fs=1.0), [10], [5])
     other = replace(trajectory, numbers=np.array([8, 6, 6]))
     with pytest.raises(ValueError, match="`trajectory` must be of the model's atoms"):
         predict_from_trajectory(trained, other, [10], [5])
