@@ -194,6 +194,28 @@ def _advance(plan: _Plan, buffer: Tensor) -> Tensor:
     return end.view(buffer.shape[1:])
 
 
+def _drop_arrived(state: Tensor, times: Tensor, step: int) -> Tensor:
+    """State with zeros for molecules past their last time, which would overflow for their mates."""
+    active = (times > step).any(dim=1).repeat_interleave(len(state) // len(times))
+    return state.where(active.view(-1, 1, 1), 0)
+
+
+def _check_finite(plan: _Plan, buffer: Tensor, batch: int, step: int) -> None:
+    """Raise SolverError if a step's derivatives are not finite."""
+    bad = ~torch.isfinite(flat(buffer).view(len(buffer), batch, -1)).all(dim=2).all(dim=0)
+    if bad.any():
+        rows = bad.nonzero().flatten().tolist()
+        time, size = step / plan.substeps, 1 / plan.substeps
+        raise SolverError(
+            f"exact: the state must be finite, got an overflow of {buffer.dtype} after s = "
+            f"{time:.6g} (step {size:.3g}) in molecule(s) {rows[:8]}"
+            f"{' ...' if len(rows) > 8 else ''}; lower the learning rate or use float64",
+            time=time,
+            step=size,
+            rows=rows,
+        )
+
+
 class _ExactSolve(torch.autograd.Function):
     """In units of one step: times, W and b come scaled, so that h = 1 and no power overflows."""
 
@@ -210,7 +232,11 @@ class _ExactSolve(torch.autograd.Function):
         starts = [rows]
         values = rows.new_empty(0)
         for step in range(plan.num_steps):
+            if plan.may_overflow:
+                starts[-1] = _drop_arrived(starts[-1], times, step)
             buffer = _derivatives(plan, step, starts[-1], weight, slope)
+            if plan.may_overflow:
+                _check_finite(plan, buffer, batch, step)
             by_molecule = flat(buffer).view(len(buffer), batch, -1).transpose(0, 1)
             reading = _reading_weights(plan, times, step, by_molecule.dtype)
             if step == 0:
@@ -308,8 +334,6 @@ def solve_exact(
     values: Tensor = _ExactSolve.apply(  # type: ignore[no-untyped-call]
         plan, scaled, rows, weight, forced
     )
-    if plan.may_overflow:
-        _check_values(values, times, plan)
     if stats is not None:
         stats.evaluations += plan.degree * plan.num_steps
         stats.accepted += plan.num_steps
@@ -319,20 +343,3 @@ def solve_exact(
     if slope is None and rhs.forcing is not None:
         values = values + forced_response(rhs, times, rtol, atol).unsqueeze(2)
     return values
-
-
-def _check_values(values: Tensor, times: Tensor, plan: _Plan) -> None:
-    """Raise SolverError at the first time at which a molecule's values are not finite."""
-    bad = ~torch.isfinite(values.detach()).all(dim=-1)
-    if not bad.any():
-        return
-    rows = bad.any(dim=1).nonzero().flatten().tolist()
-    time = times[bad].min().item()
-    raise SolverError(
-        f"exact: the state must be finite, got non-finite values at s = {time:.6g} (step "
-        f"{1 / plan.substeps:.3g}) in molecule(s) {rows[:8]}{' ...' if len(rows) > 8 else ''}; "
-        "the weights make the state outgrow its dtype: lower the learning rate or use float64",
-        time=time,
-        step=1 / plan.substeps,
-        rows=rows,
-    )

@@ -124,7 +124,8 @@ def forced_response(rhs: LinearRHS, times: Tensor, rtol: float, atol: float) -> 
     """p at times (B, T), float64 and positive → (B, T, M, C) in the dtype of W.
 
     Raises:
-        SolverError: a forcing that MAX_PANELS panels per unit of time do not resolve.
+        SolverError: a forcing that MAX_PANELS panels per unit of time do not resolve; with the
+            rope embedding, whose values are rounded to float32, any tolerance below about 1e-7.
 
     Notes:
         Deterministic; differentiable any number of times in W and the forcing's parameters. Panels
