@@ -4,10 +4,14 @@ counts.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 
 import gfnode_fast
+from gfnode_fast.solvers import compiled
 from golden_files import NAMES, load_golden, relative_error
 
 # (outputs, gradients) of tests/golden/README.md. Measured here: fp64 5e-15 and 3e-14, fp32 6e-7
@@ -19,6 +23,14 @@ TOLERANCES = {
     "f32 attention": (1e-5, 1e-3),
 }
 MODELS = {"reference": gfnode_fast.reference.FourierMD, "drop-in": gfnode_fast.FourierMD}
+COMPILED = functools.partial(gfnode_fast.FourierMD, backend="compiled")
+
+
+def can_compile(name: str) -> bool:
+    """Not what is refused, nor time modes whose published steps amplify rounding."""
+    given = load_golden(name).config["constructor"]
+    is_refused = given.get("fourier_basis") == "linear" or given.get("no_ode", False)
+    return not is_refused and given["time_mode"] not in ("posenc", "rope")
 
 
 def tolerance(name: str, constructor: dict) -> tuple[float, float]:
@@ -32,13 +44,31 @@ def tolerance(name: str, constructor: dict) -> tuple[float, float]:
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("name", NAMES)
 def test_golden(name: str, model_name: str) -> None:
+    check_golden(name, MODELS[model_name])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if can_compile(name)])
+def test_golden_of_what_is_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled backend's arithmetic without the compiler, which takes minutes per file."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(compiled, "_GRAPHS", {})
+    check_golden(name, COMPILED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bosh3.f64"])
+def test_golden_compiled(name: str) -> None:
+    check_golden(name, COMPILED)
+
+
+def check_golden(name: str, build: Callable[..., gfnode_fast.reference.FourierMD]) -> None:
     golden = load_golden(name)
     kwargs = golden.constructor()
     dtype = torch.float64 if name.endswith("f64") else torch.float32
     output_bound, gradient_bound = tolerance(name, kwargs)
 
     torch.manual_seed(golden.config["init_seed"])
-    model = MODELS[model_name](**kwargs)
+    model = build(**kwargs)
     parameters = golden.group("param")
     assert list(model.state_dict()) == list(parameters)
     scales = golden.config["weights1_recentred_and_scaled_by"]
@@ -63,9 +93,11 @@ def test_golden(name: str, model_name: str) -> None:
         inputs[key].requires_grad_(True)
     torch.manual_seed(golden.config["forward_seed"])
     outputs = dict(zip(("x", "v", "h", "kld"), model(**inputs), strict=True))
-    if model_name == "drop-in":
-        counts = {key: model.last_solve[key].evaluations for key in counts}
-    assert counts == golden.config["rhs_evaluations"]
+    if isinstance(model, gfnode_fast.FourierMD):
+        reported = {key: model.last_solve[key].evaluations for key in counts}
+        assert reported == golden.config["rhs_evaluations"]
+    if getattr(model, "backend", "") != "compiled":  # whose graphs hold the evaluations themselves
+        assert counts == golden.config["rhs_evaluations"]
     for key, expected in golden.group("output").items():
         assert outputs[key].dtype == expected.dtype
         assert outputs[key].shape == expected.shape

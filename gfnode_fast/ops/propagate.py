@@ -69,13 +69,6 @@ def propagate(
         solved = _solve_in_mode(propagator.t_conv, modes, times, stats, solver_mode)
     elif backend == "compiled":
         solved = compiled_solve(propagator.t_conv, modes, times, stats)
-    elif propagator.t_conv.no_ode:
-        function = right_hand_side(propagator.t_conv.ode_func)
-        rows = modes.permute(1, 2, 0, 3).flatten(0, 1)
-        stats.evaluations += 1
-        once = function(times.new_zeros((), dtype=signal.dtype), rows)
-        once = once.unflatten(0, modes.shape[1:3]).unsqueeze(1)
-        solved = once.expand(-1, times.shape[1], -1, -1, -1)
     else:
         solved = _solve(propagator.t_conv, modes, times, stats)
     return _transform_back(propagator, solved, signal.shape[1], eigvecs)
@@ -117,11 +110,20 @@ def _transform(propagator: Propagator, signal: Tensor, eigvecs: Tensor | None) -
 def _solve(ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats) -> Tensor:
     """(M, B, D, C) → (B, T, D, M, C)."""
     function = right_hand_side(ode.ode_func)
-    if ode.solver in ADAPTIVE:
+    if ode.solver in ADAPTIVE and not ode.no_ode:
         return solve_joint(function, modes, times, ADAPTIVE[ode.solver], ode.rtol, ode.atol, stats)
-    if ode.solver in FIXED_GRID:
+    if ode.solver in FIXED_GRID and not ode.no_ode:
         return solve_grid(function, modes, times, FIXED_GRID[ode.solver], stats)
-    solved: Tensor = ode(modes, times)  # multistep methods: torchdiffeq itself
+
+    # One application of the right-hand side, or a multistep method: the reference, torchdiffeq.
+    def count(*_: object) -> None:
+        stats.evaluations += 1
+
+    counting = ode.ode_func.register_forward_pre_hook(count)
+    try:
+        solved: Tensor = ode(modes, times)
+    finally:
+        counting.remove()
     return solved.permute(1, 0, 3, 2, 4)
 
 
