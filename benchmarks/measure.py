@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from benchmarks.timing import Timing, count, count_operations, interleaved, peak
 
 SINGLE_FROM = {"cpu": 200, "cuda": 4096}  # U0 with irregular times runs once from this batch on
 COUNTED_UP_TO_S = 20.0  # an execution longer than this is not repeated for counting and weighing
+CHECKED_WITHOUT_MEMORY = 512  # the batch of the agreement check where U1 does not fit
 NO_SLOWER = 1.02  # C1 / U1 up to this is noise
 
 
@@ -64,6 +65,8 @@ def predict_u0_seconds(row: Row, device: torch.device) -> float:
 
 
 def _failure(status: str, error: BaseException) -> dict[str, Any]:
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"status": "out of memory", "reason": str(error).splitlines()[0][:300]}
     text = str(error).strip().splitlines()
     found = {"status": status, "reason": f"{type(error).__name__}: {text[0][:300] if text else ''}"}
     if status == "failed":
@@ -85,11 +88,15 @@ def measure(row: Row, device: torch.device, checker: Checker, effort: Effort) ->
     began = time.perf_counter()
     has_u0 = "U0" in names
     first = "U1" if has_u0 else names[0]
-    expected = None
+    checked = row
     try:
         if has_u0:
             against_u0 = checker.check_u1(row)
-        expected = checker.yardstick(row, first)
+        try:
+            expected = checker.yardstick(row, first)
+        except torch.OutOfMemoryError:
+            checked = replace(row, batch=CHECKED_WITHOUT_MEMORY)
+            expected = checker.yardstick(checked, first)
     except Exception as error:
         # Without a yardstick nobody may be timed.
         failed = _failure("failed", error)
@@ -106,16 +113,22 @@ def measure(row: Row, device: torch.device, checker: Checker, effort: Effort) ->
             if name == "C1":
                 with CompileLog() as log:
                     task = make_task(name, row, device)
-                    errors = checker.check(name, row, task, expected)
+                    errors = checker.check(
+                        name, checked, _at(checked, row, name, task, device), expected
+                    )
                 info = log.info()
             else:
                 task = make_task(name, row, device)
                 if name == "U0":
                     errors = against_u0
                 else:
-                    errors = checker.check(name, row, task, expected)
+                    errors = checker.check(
+                        name, checked, _at(checked, row, name, task, device), expected
+                    )
             tasks[name] = task
             results[name] = {"status": "ok", "agreement": errors, **info}
+            if checked is not row:
+                results[name]["checked_at_batch"] = checked.batch
         except Unavailable as error:
             results[name] = _failure("unavailable", error)
         except Exception as error:
@@ -144,6 +157,11 @@ def measure(row: Row, device: torch.device, checker: Checker, effort: Effort) ->
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return found
+
+
+def _at(checked: Row, row: Row, name: str, task: Task, device: torch.device) -> Task:
+    """The task itself, or its like at the size at which the yardstick fits into memory."""
+    return task if checked is row else make_task(name, checked, device)
 
 
 def _time(

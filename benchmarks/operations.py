@@ -27,7 +27,11 @@ from benchmarks.task import (
 from gfnode_fast import reference
 from gfnode_fast.data import Batch
 
-OURS = {"ours": {}, "ours exact": {"solver_mode": "exact"}}
+OURS = {
+    "ours": {},
+    "ours exact": {"solver_mode": "exact"},
+    "ours per molecule": {"solver_mode": "per_molecule"},
+}
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-15
 
 

@@ -84,7 +84,8 @@ class Row:
     def tiny(self) -> Row:
         """The same row at a size that a CPU runs in a moment; precisions of GPUs become fp32."""
         precision = self.precision if self.precision == "fp64" else "fp32"
-        return replace(self, batch=min(self.batch, 2), precision=precision, molecule="ethanol",
+        molecule = self.molecule if self.op == "eigh" else "ethanol"
+        return replace(self, batch=min(self.batch, 2), precision=precision, molecule=molecule,
                        num_modes=min(self.num_modes, 2))  # fmt: skip
 
 

@@ -29,6 +29,7 @@ import torch
 
 from benchmarks import environment
 from benchmarks.agreement import Checker
+from benchmarks.ceilings import measure_ceilings
 from benchmarks.measure import QUICK, Effort, measure
 from benchmarks.registry import SETS, Row, contenders, select
 from benchmarks.report import table
@@ -43,6 +44,7 @@ def measure_all(
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "about": environment.describe(device, command),
+        "ceilings": measure_ceilings(device),
         "rows": [],
     }
     checker = Checker(device)

@@ -5,14 +5,15 @@ graphs; the host loop over steps and its accept decision stay in Python, because
 the host cannot be one graph. A bounded masked loop or `while_loop` would be, but the first
 multiplies the work by the bound, and the second drops the gradient of the differentiated first
 step. torch.compile(U1) as it stands does not compile: inductor cannot lower the `unique` inside
-torchdiffeq. On a GPU CUDA graphs are replayed (what mode="reduce-overhead" turns on); on the CPU layers are compiled one by one,
-which measures the same as whole stacks and compiles in a fifth of the time.
+torchdiffeq. On a GPU, CUDA graphs are replayed (what mode "reduce-overhead" turns on); on the CPU
+layers are compiled one by one, which compiles in a fifth of the time of whole stacks.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,20 @@ from gfnode_fast.reference.propagator import ModeODE, Propagator
 
 SAFETY, GROWTH, SHRINK = 0.9, 10.0, 0.2  # torchdiffeq's controller
 SMALL_NORM, SMALL_STEP = 1e-5, 1e-6  # torchdiffeq's first step
+
+
+_COMPILER = "inductor"
+
+
+@contextmanager
+def compiler(name: str) -> Iterator[None]:
+    """Another torch.compile backend for a while: "eager" only traces, for dry runs."""
+    global _COMPILER
+    before, _COMPILER = _COMPILER, name
+    try:
+        yield
+    finally:
+        _COMPILER = before
 
 
 def _options() -> dict[str, Any]:
@@ -45,7 +60,10 @@ def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
     dynamic = (
         not torch.cuda.is_available()
     )  # C++ takes long to compile and gains nothing from sizes
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, options=_options())
+    options = _options() if _COMPILER == "inductor" else None
+    return torch.compile(
+        function, fullgraph=True, dynamic=dynamic, backend=_COMPILER, options=options
+    )
 
 
 class CompiledSolverODE(ModeODE):

@@ -1,0 +1,128 @@
+"""Error of every precision and solver mode against the fp64 reference, beside its speed.
+
+    python benchmarks/accuracy.py [--batch B] [--model egnn] [--modes M] [--json OUT]
+
+Forward and gradient errors are relative in the 2-norm, over all outputs and over all parameters
+taken together, against U0 in fp64 on the same inputs and weights. "against fp32" divides by the
+error that the reference itself makes in fp32: the fp32-faithful mode owes at most 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from benchmarks import environment
+from benchmarks.agreement import relative_error
+from benchmarks.operations import make_task
+from benchmarks.registry import MODELS, Row
+from benchmarks.report import heading, seconds
+from benchmarks.task import Unavailable
+from benchmarks.timing import interleaved
+
+MODES = (
+    ("U0", "fp32"),
+    ("U1", "fp32"),
+    ("U1", "tf32"),
+    ("U1", "bf16"),
+    ("ours", "fp32"),
+    ("ours", "tf32"),
+    ("ours", "bf16"),
+    ("ours per molecule", "fp32"),
+    ("ours exact", "fp32"),
+)
+CHECK_BATCH = 10  # the oracle's batch: U0 in fp64
+
+
+def overall_errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """One number over all outputs, and one over all gradients."""
+    errors = {}
+    for kind in ("output", "grad"):
+        names = [name for name in exact if name.startswith(kind)]
+        joined = [
+            torch.cat([side[name].double().flatten() for name in names]) for side in (actual, exact)
+        ]
+        errors[kind] = relative_error(*joined)
+    return errors
+
+
+def accuracy(row: Row, device: torch.device, *, rounds: int = 10) -> list[dict[str, Any]]:
+    """Errors at CHECK_BATCH molecules and times at the row's size, mode by mode."""
+    small = replace(row, batch=min(row.batch, CHECK_BATCH), phase="backward")
+    exact = make_task("U0", replace(small, precision="fp64"), device).values()
+    found = []
+    for contender, precision in MODES:
+        entry: dict[str, Any] = {"contender": contender, "precision": precision}
+        try:
+            values = make_task(contender, replace(small, precision=precision), device).values()
+            entry |= overall_errors(values, exact)
+            if contender != "U0":
+                task = make_task(contender, replace(row, precision=precision), device)
+                timings = interleaved({"run": task.run}, device, rounds=rounds, seconds_each=2.0)
+                entry |= timings["run"].summary()
+        except Unavailable as error:
+            entry["reason"] = str(error)
+        except Exception as error:
+            entry["reason"] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+        found.append(entry)
+    own = found[0]
+    for entry in found:
+        for kind in ("output", "grad"):
+            if kind in entry and own.get(kind):
+                entry[f"{kind} against fp32"] = entry[kind] / own[kind]
+    return found
+
+
+def table(row: Row, entries: list[dict[str, Any]]) -> str:
+    lines = [
+        f"Errors against the reference in fp64 ({min(row.batch, CHECK_BATCH)} molecules), times of "
+        f"{row.name}",
+        "",
+        "| | precision | outputs | against fp32 | gradients | against fp32 | time |",
+        "|" + " --- |" * 7,
+    ]
+    for entry in entries:
+        cells = [entry["contender"], entry["precision"]]
+        for kind in ("output", "grad"):
+            cells.append(f"{entry[kind]:.1e}" if kind in entry else "")
+            against = entry.get(f"{kind} against fp32")
+            cells.append("" if against is None else f"{against:.2g}×")
+        time = seconds(entry["median_s"]) if "median_s" in entry else ""
+        cells.append(entry.get("reason", time))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=50, help="batch that is timed")
+    parser.add_argument("--model", choices=sorted(MODELS), default="egnn")
+    parser.add_argument("--modes", type=int, default=2, metavar="M")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    row = Row("model", "step", options.batch, options.modes, options.model)
+    entries = accuracy(row, device)
+    about = environment.describe(device, ["python", "benchmarks/accuracy.py", *sys.argv[1:]])
+    if options.json:
+        result = {"about": about, "row": row.as_dict(), "modes": entries}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(heading(about), table(row, entries), sep="\n\n")
+    return 1 if any(str(e.get("reason", "")).startswith("failed") for e in entries) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
