@@ -36,7 +36,8 @@ def _mlp(z: Tensor, weight0: Tensor, bias0: Tensor, weight2: Tensor, bias2: Tens
 
 def _linear(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """F.linear of z (R, M, E); in 3-D its derivative would fix R in a compiled graph."""
-    return F.linear(z.flatten(0, 1), weight, bias).unflatten(0, z.shape[:2])
+    out: Tensor = F.linear(z.flatten(0, 1), weight, bias).unflatten(0, z.shape[:2])
+    return out
 
 
 def _attend(

@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.while_loop import while_loop_op
 
 from gfnode_fast.solvers.control import (
     MAX_GROWTH,
@@ -34,7 +33,7 @@ Carries = tuple[Tensor, ...]
 
 def loop(proceed: Callable[..., Tensor], body: Callable[..., Carries], carries: Carries) -> Carries:
     """`body` on the carries while `proceed`: one node in a traced graph, a plain loop outside."""
-    out: Carries = while_loop_op(proceed, body, carries, ())
+    out: Carries = torch.ops.higher_order.while_loop(proceed, body, carries, ())
     return out
 
 

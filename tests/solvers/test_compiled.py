@@ -197,8 +197,9 @@ def test_auto_does_not_compile() -> None:
     assert gfnode_fast.FourierMD(**constructor()).backend == "torch"
 
 
-def test_generated_code() -> None:
-    model = propagator(solver="adaptive_heun", time_mode="concat")
+@pytest.mark.parametrize("solver", ["euler", pytest.param("adaptive_heun", marks=pytest.mark.slow)])
+def test_generated_code(solver: str) -> None:
+    model = propagator(solver=solver, time_mode="concat")
     for batch, num_times in [shape for shape in SHAPES if shape[0] > 1]:
         assert_eager(model, signals(batch=batch, num_times=num_times))
     assert counters["stats"]["unique_graphs"] == 2
@@ -207,7 +208,7 @@ def test_generated_code() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("interaction", "solver"), [("attention", "dopri5"), ("concat", "adaptive_heun")]
+    ("interaction", "solver"), [("attention", "adaptive_heun"), ("concat", "midpoint")]
 )
 def test_generated_code_of_mixing_right_hand_sides(interaction: str, solver: str) -> None:
     model = propagator(mode_interaction=interaction, time_mode="mlp", solver=solver)
