@@ -21,8 +21,8 @@ namespace baseline {  // 128-bit vectors: every x86-64 and arm64
 #undef GFNODE_LANES
 #undef GFNODE_TILE_ROWS
 #undef GFNODE_INLINE
-constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,
-                        sum_backward, mlp_forward,   mlp_backward};
+constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,    sum_backward,
+                        mlp_forward,  mlp_backward,  linear_forward, linear_backward};
 }  // namespace baseline
 
 // clang has no `#pragma GCC target`; there the compiler's own flags decide.
@@ -40,8 +40,8 @@ namespace avx2 {
 #undef GFNODE_LANES
 #undef GFNODE_TILE_ROWS
 #undef GFNODE_INLINE
-constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,
-                        sum_backward, mlp_forward,   mlp_backward};
+constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,    sum_backward,
+                        mlp_forward,  mlp_backward,  linear_forward, linear_backward};
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -56,8 +56,8 @@ namespace avx512 {
 #undef GFNODE_LANES
 #undef GFNODE_TILE_ROWS
 #undef GFNODE_INLINE
-constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,
-                        sum_backward, mlp_forward,   mlp_backward};
+constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,    sum_backward,
+                        mlp_forward,  mlp_backward,  linear_forward, linear_backward};
 }  // namespace avx512
 #pragma GCC pop_options
 #endif

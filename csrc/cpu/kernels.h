@@ -14,6 +14,8 @@ struct Kernels {
   void (*sum_backward)(const SumEdges &, int64_t begin, int64_t end);
   void (*mlp_forward)(const RowMlp &, int64_t begin, int64_t end);
   void (*mlp_backward)(const RowMlp &, const RowMlpGrads &, int64_t begin, int64_t end);
+  void (*linear_forward)(const RowLinear &, int64_t begin, int64_t end);
+  void (*linear_backward)(const RowLinear &, float *weight, int64_t begin, int64_t end);
 };
 
 // Those of the widest instruction set this processor has.

@@ -1,4 +1,5 @@
-// An MLP on every row: out = W2 act(z) + b2, z = W0 [a, b] + b0; raw pointers in, no torch headers.
+// On every row, an MLP: out = W2 act(z) + b2, z = W0 [a, b] + b0; or a product: out = W a. Raw
+// pointers in, no torch headers.
 //
 // A tile of rows stays in cache from the inputs to the output. Widths are padded with zeros, to P, Q
 // and R, in the weights and in the tile, never in the caller's a, b and out. Flops per row:
@@ -22,6 +23,17 @@ struct RowMlpGrads {
   const float *w0, *w2;         // (H, P) (out, Q): as given, padded
   float *a, *b;                 // (rows, a_width) (rows, b_width), written
   float *weight0, *bias0, *weight2, *bias2;  // (Q, P) (Q) (R, Q) (R), added to
+};
+
+struct RowLinear {
+  int64_t in, out;
+  const float *a;       // (rows, in)
+  const float *wt;      // (in, R), padded
+  float *result;        // (rows, out)
+  // Backward only:
+  const float *grad;    // (rows, out)
+  const float *w;       // (out, P), padded
+  float *grad_a;        // (rows, in), written
 };
 
 }  // namespace gfnode

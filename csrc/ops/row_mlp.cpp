@@ -1,4 +1,5 @@
-// gfnode_fast::row_mlp, row_mlp_backward on the CPU, float32: Linear → activation → Linear on rows.
+// gfnode_fast::row_mlp, row_linear and their backward on the CPU, float32: Linear → activation →
+// Linear, and one product, on rows.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 
 namespace {
 
-using gfnode::data, gfnode::floats, gfnode::padded, gfnode::PartSums, gfnode::RowMlp, gfnode::zeros;
+using gfnode::data, gfnode::floats, gfnode::padded, gfnode::PartSums, gfnode::RowLinear, gfnode::RowMlp;
 using torch::stable::Tensor;
 
 constexpr int64_t kRowsPerPart = 512;  // at least
@@ -118,6 +119,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> row_mlp_backward(
           sums.total(a, kB2, p.out)};
 }
 
+Tensor row_linear(Tensor a, Tensor w) {
+  STD_TORCH_CHECK(a.dim() == 2 && w.dim() == 2, "row_linear: `a` and `w` must be matrices");
+  const int64_t rows = a.size(0);
+  RowLinear p{};
+  p.in = a.size(1);
+  p.out = w.size(0);
+  p.a = floats(a, "row_linear", "a", {rows, p.in});
+  const std::vector<float> wt =
+      packed(floats(w, "row_linear", "w", {p.out, p.in}), p.out, p.in, padded(p.out), true);
+  p.wt = wt.data();
+  Tensor result = torch::stable::new_empty(a, gfnode::Shape{rows, p.out});
+  p.result = data(result);
+  for_each_part(rows, parts_of(rows), [&](int64_t, int64_t begin, int64_t end) {
+    gfnode::kernels().linear_forward(p, begin, end);
+  });
+  return result;
+}
+
+// Gradients of a, w.
+std::tuple<Tensor, Tensor> row_linear_backward(Tensor grad, Tensor a, Tensor w) {
+  const char *op = "row_linear_backward";
+  STD_TORCH_CHECK(a.dim() == 2 && w.dim() == 2, op, ": `a` and `w` must be matrices");
+  const int64_t rows = a.size(0), parts = parts_of(rows);
+  RowLinear p{};
+  p.in = a.size(1);
+  p.out = w.size(0);
+  p.a = floats(a, op, "a", {rows, p.in});
+  p.grad = floats(grad, op, "grad", {rows, p.out});
+  const int64_t P = padded(p.in);
+  const std::vector<float> weight =
+      packed(floats(w, op, "w", {p.out, p.in}), p.out, p.in, P, false);
+  p.w = weight.data();
+  Tensor grad_a = torch::stable::new_empty(a, gfnode::Shape{rows, p.in});
+  p.grad_a = data(grad_a);
+  PartSums sums(parts, {padded(p.out) * P});
+  for_each_part(rows, parts, [&](int64_t part, int64_t begin, int64_t end) {
+    gfnode::kernels().linear_backward(p, sums.at(part, 0), begin, end);
+  });
+  return {grad_a, sums.total(a, 0, p.out, p.in, P)};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gfnode_fast, m) {
@@ -127,9 +169,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gfnode_fast, m) {
   m.def(
       "row_mlp_backward(Tensor grad, Tensor a, Tensor b, Tensor w0, Tensor b0, Tensor w2, Tensor "
       "b2, Tensor z, int activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("row_linear(Tensor a, Tensor w) -> Tensor");
+  m.def("row_linear_backward(Tensor grad, Tensor a, Tensor w) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gfnode_fast, CPU, m) {
   m.impl("row_mlp", TORCH_BOX(&row_mlp));
   m.impl("row_mlp_backward", TORCH_BOX(&row_mlp_backward));
+  m.impl("row_linear", TORCH_BOX(&row_linear));
+  m.impl("row_linear_backward", TORCH_BOX(&row_linear_backward));
 }

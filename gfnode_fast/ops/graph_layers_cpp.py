@@ -1,7 +1,7 @@
 """The compiled kernels of the graph layers: float32 on the CPU, SiLU or Tanh.
 
-Registered as `gfnode_fast::egnn_edges`, `sum_edges` and `row_mlp`; formulas, ownership and cost in
-csrc/cpu/edge_layers.h and row_mlp.h. Once differentiable; a second derivative is refused.
+Registered as `gfnode_fast::egnn_edges`, `sum_edges`, `row_mlp` and `row_linear`; formulas, ownership
+and cost in csrc/cpu/edge_layers.h and row_mlp.h. Once differentiable; a second derivative is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def why_not_compiled() -> str | None:
     global _registered
     if problem := why_no_extension():
         return problem
-    if not hasattr(torch.ops.gfnode_fast, "row_mlp"):
+    if not hasattr(torch.ops.gfnode_fast, "row_linear"):
         return f"the extension was built without them; {REBUILD}"
     if not _registered:
         _register()
@@ -64,6 +64,12 @@ class CompiledKernels:
         )
         return total
 
+    def linear(self, h: Tensor, weight: Tensor) -> Tensor:
+        rows = h.reshape(-1, h.shape[-1]).contiguous()
+        out = torch.ops.gfnode_fast.row_linear(rows, weight.contiguous())
+        shaped: Tensor = out.view(*h.shape[:-1], weight.shape[0])
+        return shaped
+
     def mlp(self, parts: Sequence[Tensor], weights: MLPWeights, activation: Activation) -> Tensor:
         rows = [part.reshape(-1, part.shape[-1]) for part in parts]
         if len(rows) == 1:
@@ -91,6 +97,7 @@ def _register() -> None:
         ("egnn_edges", _egnn_fake, _egnn_backward_fake, _egnn_context, _egnn_backward),
         ("sum_edges", _sum_fake, _sum_backward_fake, _sum_context, _sum_backward),
         ("row_mlp", _mlp_fake, _mlp_backward_fake, _mlp_context, _mlp_backward),
+        ("row_linear", _linear_fake, _linear_backward_fake, _linear_context, _linear_backward),
     ):
         op = f"gfnode_fast::{name}"
         torch.library.register_fake(op, fake)
@@ -198,3 +205,20 @@ def _mlp_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None,
         grad.contiguous(), *ctx.saved_tensors, ctx.activation
     )
     return (*grads, None, None)
+
+
+def _linear_fake(a: Tensor, w: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], w.shape[0])
+
+
+def _linear_backward_fake(grad: Tensor, a: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape), w.new_empty(w.shape)
+
+
+def _linear_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    a, w = torch.ops.gfnode_fast.row_linear_backward(grad.contiguous(), *ctx.saved_tensors)
+    return a, w

@@ -87,6 +87,9 @@ class LayerKernels(Protocol):
     def sum(self, node: Tensor, edge: Tensor, edges: Topology, activation: Activation) -> Tensor:
         """node (T, n, 2H), edge (E, H) → Σ act(node_row + node_col + edge) (T, n, H)."""
 
+    def linear(self, h: Tensor, weight: Tensor) -> Tensor:
+        """(T, n, in) → (T, n, out), without bias."""
+
     def mlp(self, parts: Sequence[Tensor], weights: MLPWeights, activation: Activation) -> Tensor:
         """One or two parts (T, n, ...) side by side → (T, n, out)."""
 
@@ -119,6 +122,9 @@ class TorchKernels:
     def sum(self, node: Tensor, edge: Tensor, edges: Topology, activation: Activation) -> Tensor:
         return _sum_onto_rows(activation(_gather(node, edge, edges)), edges)
 
+    def linear(self, h: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(h, weight)
+
     def mlp(self, parts: Sequence[Tensor], weights: MLPWeights, activation: Activation) -> Tensor:
         z = F.linear(torch.cat(tuple(parts), dim=-1), weights.weight0, weights.bias0)
         return F.linear(activation(z), weights.weight2, weights.bias2)
@@ -148,8 +154,8 @@ def split_egnn(
     """An EGNN layer; oracle `gfnode_fast.reference.layers.EGNNLayer`."""
     x, v, h = state
     message, coordinate = weights.message, weights.coordinate
+    node, edge = _summands(h, edge_fea, message.weight0[:, 1:], message.bias0, kernels)
     multiple = kernels.width_multiple
-    node, edge = _summands(h, edge_fea, message.weight0[:, 1:], message.bias0, multiple)
     per_edge = PerEdgeWeights(
         _padded(message.weight0[:, 0], multiple),
         _padded(message.weight2, multiple),
@@ -177,27 +183,27 @@ def split_mean(
 ) -> State:
     """A GraphSAGE (`concatenate_self`) or GCN layer; oracles in `gfnode_fast.reference.layers`."""
     c = torch.cat(state, dim=-1)
-    mlp, multiple = weights.edge, kernels.width_multiple
-    node, edge = _summands(c, edge_fea, mlp.weight0, mlp.bias0, multiple)
+    mlp = weights.edge
+    node, edge = _summands(c, edge_fea, mlp.weight0, mlp.bias0, kernels)
     degree = _degree(edges, c)
     mean = kernels.sum(node, edge, edges, activation) / degree.clamp(min=1)
     weight = F.pad(mlp.weight2, (0, mean.shape[-1] - mlp.weight2.shape[1]))
     # A node without edges has mean 0, not the bias.
-    mean = F.linear(mean, weight) + mlp.bias2 * (degree > 0)
+    mean = kernels.linear(mean, weight) + mlp.bias2 * (degree > 0)
     c = c + kernels.mlp((c, mean) if concatenate_self else (mean,), weights.node, activation)
     x, v, h = c.split((3, 3, c.shape[-1] - COORDINATE_WIDTH), dim=-1)
     return x, v, h
 
 
 def _summands(
-    h: Tensor, edge_fea: Tensor, weight: Tensor, bias: Tensor, multiple: int
+    h: Tensor, edge_fea: Tensor, weight: Tensor, bias: Tensor, kernels: LayerKernels
 ) -> tuple[Tensor, Tensor]:
     """[W_a h, W_b h] (T, n, 2H) and W_e e + bias (E, H) for W = [W_a, W_b, W_e]."""
     width = h.shape[-1]
     parts = weight.split((width, width, edge_fea.shape[1]), dim=1)
-    extra = -weight.shape[0] % multiple
+    extra = -weight.shape[0] % kernels.width_multiple
     of_row, of_col, of_edge = (F.pad(part, (0, 0, 0, extra)) if extra else part for part in parts)
-    node = F.linear(h, torch.cat((of_row, of_col)))
+    node = kernels.linear(h, torch.cat((of_row, of_col)))
     return node, F.linear(edge_fea, of_edge, F.pad(bias, (0, extra)) if extra else bias)
 
 

@@ -297,6 +297,7 @@ def test_registered_operators(keep: bool) -> None:
         opcheck(ops.egnn_edges, *egnn, 0, False, True)
         opcheck(ops.row_mlp, *mlp, 1, True)
         opcheck(ops.sum_edges, node, edge, built.row, built.col, 0)
+        opcheck(ops.row_linear, randn(6, 3), randn(5, 3))
     detached = [tensor.detach() for tensor in egnn]
     plain = [tensor.detach() for tensor in mlp]
     sums, shift, z2, z3 = ops.egnn_edges(*detached, 0, True, keep)
@@ -305,6 +306,9 @@ def test_registered_operators(keep: bool) -> None:
     opcheck(ops.row_mlp_backward, randn(6, 1, grad=False), *plain, z, 0)
     total = ops.sum_edges(*detached[1:5], 1)
     opcheck(ops.sum_edges_backward, total, *detached[1:5], 1)
+    if keep:
+        linear = [randn(*shape, grad=False) for shape in ((6, 5), (6, 3), (5, 3))]
+        opcheck(ops.row_linear_backward, *linear)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -359,7 +363,7 @@ def test_kernels_give_the_same_bits_for_any_number_of_threads() -> None:
     weights = [randn(*s) for s in ((16,), (16, 16), (16,), (16, 16), (16,), (16,), (1,))]
     egnn = (x, node, edge, built.row, built.col, *weights)
     mlp = (randn(9000, 20), randn(9000, 3), randn(16, 23), randn(16), randn(5, 16), randn(5))
-    grad = randn(9000, 5)
+    grad, linear_weight = randn(9000, 5), randn(5, 20)
 
     def everything() -> list[Tensor]:
         sums, shift, z2, z3 = ops.egnn_edges(*egnn, 0, False, True)
@@ -370,6 +374,8 @@ def test_kernels_give_the_same_bits_for_any_number_of_threads() -> None:
             *ops.egnn_edges_backward(sums, shift, *egnn, z2, z3, 0, False),
             *ops.row_mlp_backward(grad, *mlp, z, 0),
             *ops.sum_edges_backward(total, *egnn[1:5], 1),
+            ops.row_linear(mlp[0], linear_weight),
+            *ops.row_linear_backward(grad, mlp[0], linear_weight),
         ]
 
     before = torch.get_num_threads()
@@ -573,7 +579,7 @@ def test_messages_of_the_topology(
 @pytest.mark.parametrize("instruction_set", ["default", "avx2"])
 def test_older_instruction_sets(instruction_set: str) -> None:
     """The choice is made once per process, so in one of its own."""
-    selected = "test_widths_and_copies or faithful"
+    selected = "cpp and (test_widths_and_copies or faithful)"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selected],
         env=os.environ | {"ATEN_CPU_CAPABILITY": instruction_set},
