@@ -55,7 +55,7 @@ def remainder(theta: float, degree: int, *, affine: bool) -> float:
 
 
 @lru_cache(maxsize=8)
-def _largest_thetas(dtype: torch.dtype, affine: bool) -> tuple[tuple[int, float], ...]:
+def largest_thetas(dtype: torch.dtype, affine: bool) -> tuple[tuple[int, float], ...]:
     """(K, largest θ that degree K serves) to the rounding of `dtype`, by bisection."""
     tolerance = torch.finfo(dtype).eps
     table = []
@@ -75,7 +75,7 @@ def degree_and_substeps(norm: float, dtype: torch.dtype, *, affine: bool) -> tup
     """The cheapest degree K and number n of steps per unit of time for a given ‖W‖."""
     candidates = (
         (degree * max(1, math.ceil(norm / theta)), degree, max(1, math.ceil(norm / theta)))
-        for degree, theta in _largest_thetas(dtype, affine)
+        for degree, theta in largest_thetas(dtype, affine)
     )
     _, degree, substeps = min(candidates)
     return degree, substeps
