@@ -67,6 +67,8 @@ def predict_u0_seconds(row: Row, device: torch.device) -> float:
 def _failure(status: str, error: BaseException) -> dict[str, Any]:
     if isinstance(error, torch.OutOfMemoryError):
         return {"status": "out of memory", "reason": str(error).splitlines()[0][:300]}
+    if isinstance(error, Unavailable):
+        return {"status": status, "reason": str(error)}
     text = str(error).strip().splitlines()
     found = {"status": status, "reason": f"{type(error).__name__}: {text[0][:300] if text else ''}"}
     if status == "failed":

@@ -46,7 +46,7 @@ def compiler(name: str) -> Iterator[None]:
 
 def _options() -> dict[str, Any]:
     return {
-        # Without this, inductor (2.13, CPU) fuses the sum over edge gradients with the zeroing before
+        # Without this, inductor (2.13, CPU) fuses the sum over edge gradients with what precedes
         # it: EGNN's gradient in x silently loses the part through distances.
         "score_fusion_memory_threshold": 1 << 40,
         "triton.cudagraphs": torch.cuda.is_available(),

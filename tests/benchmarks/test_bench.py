@@ -1,0 +1,227 @@
+"""The bench itself: rows, refusal before timing, timing, comparison, report, README, dry run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_acceptance, report, run
+from benchmarks import measure as measuring
+from benchmarks.agreement import Checker, Disagreement, compare, require
+from benchmarks.baselines import c1
+from benchmarks.compare import changes
+from benchmarks.compare import main as compare_files
+from benchmarks.measure import Effort, measure
+from benchmarks.operations import make_task
+from benchmarks.registry import (
+    SETS,
+    Row,
+    contenders,
+    cpu_rows,
+    gpu_core_rows,
+    gpu_matrix_rows,
+    select,
+)
+from benchmarks.task import Task, Unavailable
+from benchmarks.timing import Timing, count, interleaved, peak_memory, ratio
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+FAST = Effort(rounds=2, seconds_each=0.01)
+SMALL = Row("solve", "backward", 2, molecule="ethanol")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_rows_are_unique_and_have_contenders(name: str) -> None:
+    names = [row.name for row in SETS[name]()]
+    assert len(names) == len(set(names))
+    assert all(contenders(row) for row in SETS[name]())
+
+
+def test_the_cpu_set_holds_the_committed_table() -> None:
+    names = {row.name for row in cpu_rows()}
+    for model in ("egnn", "sage_attention_concat"):
+        for modes in (2, 13):
+            for batch in (1, 10, 50, 100, 200):
+                for times in ("irregular", "regular"):
+                    for phase in ("forward", "step"):
+                        assert f"model {phase} {model} M={modes} B={batch} {times} fp32" in names
+
+
+def test_rows_refuse_unknown_names() -> None:
+    with pytest.raises(ValueError, match="`op` must be one of"):
+        Row("decode", "forward", 1)
+    with pytest.raises(ValueError, match="must match a row, got 'nothing'"):
+        select(cpu_rows(), ["nothing"])
+
+
+def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(contender: str, row: Row, device: torch.device) -> Task:
+        task = make_task(contender, row, device)
+        if contender != "ours":
+            return task
+        values = task.values
+        return replace(task, values=lambda: {k: 1.01 * v for k, v in values().items()})
+
+    monkeypatch.setattr(measuring, "make_task", wrong)
+    monkeypatch.setattr(measuring, "contenders", lambda row: ("U0", "U1", "ours"))
+    found = measure(SMALL, CPU, Checker(CPU), FAST)
+    assert found["contenders"]["ours"]["status"] == "failed"
+    assert "outputs differ by 1.0e-02" in found["contenders"]["ours"]["reason"]
+    assert "median_s" not in found["contenders"]["ours"]
+    assert found["contenders"]["U1"]["median_s"] > 0
+
+
+def test_agreement_sees_nan_and_missing_values() -> None:
+    expected = {"output 0": torch.ones(3), "grad w": torch.ones(2)}
+    with pytest.raises(Disagreement, match="other names or shapes"):
+        compare({"output 0": torch.ones(3)}, expected)
+    errors = compare({**expected, "grad w": torch.full((2,), torch.nan)}, expected)
+    with pytest.raises(Disagreement, match="gradients differ by inf"):
+        require("ours", SMALL, errors)
+
+
+def test_a_missing_contender_says_why() -> None:
+    with pytest.raises(Unavailable, match="tf32 needs a CUDA device"):
+        make_task("U1", replace(SMALL, precision="tf32"), CPU).run()
+
+
+def test_timing_interleaves_and_pairs() -> None:
+    order: list[str] = []
+    runs = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    timings = interleaved(runs, CPU, rounds=3, seconds_each=60, single=frozenset("b"))
+    assert len(timings["a"].samples) == 3
+    assert len(timings["b"].samples) == 1
+    assert order.count("b") == 1
+    assert ratio(Timing([4.0, 9.0, 4.0]), Timing([2.0, 3.0])) == 2.5
+    assert Timing([1.0, 2.0, 3.0]).summary()["median_s"] == 2.0
+
+
+def test_counting_and_weighing() -> None:
+    a = torch.ones(64, 64)
+    counted = count(lambda: (a @ a) + a.t())
+    assert counted == {"operations": 3, "flops": 2 * 64**3, "bytes": 6 * 64 * 64 * 4}
+
+    def peaks() -> None:
+        first = torch.zeros(1 << 20)
+        del first
+        torch.zeros(1 << 19)
+
+    assert peak_memory(peaks, CPU) == 4 << 20
+
+
+@pytest.fixture(scope="module")
+def result() -> dict:
+    rows = [SMALL, Row("eigh", "forward", 2, molecule="random 5")]
+    with c1.compiler("eager"):
+        return run.measure_all(rows, CPU, FAST, 10.0, ["test"])
+
+
+def test_a_result_names_where_it_was_measured(result: dict) -> None:
+    about = result["about"]
+    assert about["commit"] is None or len(about["commit"]) == 40
+    assert about["versions"]["torch"] == torch.__version__
+    assert len(about["load_average"]) == 3
+    solve = result["rows"][0]
+    assert set(solve["contenders"]) == set(contenders(SMALL))
+    assert solve["contenders"]["U0"]["operations"] > solve["contenders"]["U1"]["operations"]
+    assert solve["contenders"]["U0"]["agreement"]["outputs"] < 1e-5
+    assert not run.failures(result)
+
+
+def test_time_that_is_up_is_reported() -> None:
+    found = run.measure_all([SMALL], CPU, FAST, -1.0, ["test"])
+    assert all(c["status"] == "skipped" for c in found["rows"][0]["contenders"].values())
+
+
+def test_compare_finds_regressions(result: dict, tmp_path: Path) -> None:
+    slower = json.loads(json.dumps(result))
+    for key in ("q1_s", "median_s", "q3_s"):
+        slower["rows"][0]["contenders"]["U0"][key] *= 100
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, content in zip(paths, (result, slower), strict=True):
+        run.write(content, path)
+    old, new = map(str, paths)
+    assert compare_files([old, old]) == 0
+    assert compare_files([old, new]) == 1
+    assert compare_files([new, old]) == 0
+    assert {c.contender for c in changes(result, slower) if c.is_regression(0.1)} == {"U0"}
+    slower["about"]["hardware"] = "another machine"
+    run.write(slower, paths[1])
+    assert compare_files([old, new]) == 2
+
+
+def test_report_shows_every_contender(result: dict) -> None:
+    text = report.table(result)
+    for entry in result["rows"]:
+        assert entry["row"]["name"] in text
+        assert all(f"| {name} |" in text for name in entry["contenders"])
+
+
+def test_readme_section_is_replaced_between_markers() -> None:
+    text = f"a\n{report.BEGIN}\nold\n{report.END}\nb\n"
+    new = report.replace_section(text, "table")
+    assert new == f"a\n{report.BEGIN}\n\ntable\n\n{report.END}\nb\n"
+    assert report.replace_section(new, "table") == new
+    with pytest.raises(ValueError, match="once each"):
+        report.replace_section("no markers", "table")
+
+
+def test_readme_matches_the_committed_results() -> None:
+    readme = ROOT / "README.md"
+    if not readme.exists() or report.BEGIN not in readme.read_text():
+        pytest.skip("README.md has no performance section yet")
+    assert report.main(["--readme", str(readme), "--check"]) == 0, (
+        "run: python benchmarks/report.py --readme README.md"
+    )
+
+
+def test_committed_results_are_readable() -> None:
+    for result in report.committed_results():
+        assert report.readme_section([result])
+        assert result["about"]["commit"]
+
+
+def test_scripts_run_as_files() -> None:
+    for script in ("run", "report", "compare", "gpu_acceptance", "accuracy", "aot"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--help"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT / "tests",
+        )
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("part", ["core", "matrix"])
+def test_acceptance_skips_what_does_not_fit(part: str, tmp_path: Path) -> None:
+    clock = gpu_acceptance.Clock(minutes=0)
+    rows = {"core": gpu_core_rows, "matrix": gpu_matrix_rows}[part]()
+    found = gpu_acceptance.measure_rows(rows, CPU, gpu_acceptance.DRY_EFFORT, clock)
+    assert len(found) == len(rows)
+    for entry in found:
+        assert all(c["reason"].startswith("no time") for c in entry["contenders"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", gpu_acceptance.PARTS)
+def test_acceptance_dry_run(part: str, tmp_path: Path) -> None:
+    assert gpu_acceptance.main(["--part", part, "--dry-run", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / f"{part}.json").read_text())
+    assert found["part"] == part
+    assert found["about"]["versions"]["torch"] == torch.__version__
+    assert (tmp_path / f"{part}.md").read_text().startswith(f"# {part}")
+
+
+def test_acceptance_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    with pytest.raises(SystemExit):
+        gpu_acceptance.main(["--part", "core"])
+    assert "no CUDA device" in capsys.readouterr().err
