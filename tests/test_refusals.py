@@ -79,6 +79,7 @@ FORWARD_REFUSALS: list[tuple[dict[str, Any], Change, type[Exception], str]] = [
     ({}, put(edge_index=torch.zeros(3, 4, dtype=torch.long)), TypeError, "edge_index"),
     ({}, edit("edge_index", lambda e: (e[0], e[1][:-1])), ValueError, "edge_index[1]"),
     ({}, edit("edge_index", lambda e: (e[0].float(), e[1])), TypeError, "edge_index[0]"),
+    ({}, edit("edge_index", lambda e: (e[0], e[1].to("meta"))), ValueError, "edge_index[1]"),
     ({}, edit("U_batch", lambda u: u[:, :, :-1]), ValueError, "U_batch"),
     ({}, edit("U_batch", lambda u: u.double()), TypeError, "U_batch"),
     ({}, edit("timeframes", lambda t: t[:, :-1]), ValueError, "timeframes"),

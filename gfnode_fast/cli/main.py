@@ -16,6 +16,7 @@ from typing import Any
 
 from gfnode_fast.cli import commands, console
 from gfnode_fast.data import SimulationError, TrajectoryError
+from gfnode_fast.solvers import SolverError
 from gfnode_fast.training import (
     CheckpointError,
     ConfigError,
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _bad_input(f"gfnode-fast: {error}")
     try:
         return run(parsed)
-    except (NonFiniteLossError, SimulationError) as error:
+    except (NonFiniteLossError, SimulationError, SolverError) as error:
         console.complain(f"gfnode-fast: {error}")
         return commands.FAILED
     except (ConfigError, CheckpointError, GraphMismatchError, TrajectoryError, OSError) as error:

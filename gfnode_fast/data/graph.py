@@ -207,7 +207,13 @@ def _refuse_coinciding(positions: Array) -> None:
 
 def _stick(hops: Array, rigid_bonds: Sequence[tuple[int, int]]) -> Array:
     stick = np.zeros_like(hops)
-    for i, j in rigid_bonds:
+    for pair in rigid_bonds:
+        if len(pair) != 2 or not all(isinstance(atom, int | np.integer) for atom in pair):
+            raise TypeError(
+                f"build_graph: `rigid_bonds` must be pairs of atom numbers, got {pair!r}; pass "
+                "two ints each"
+            )
+        i, j = pair
         if not (0 <= i < len(hops) and 0 <= j < len(hops)) or hops[i, j] == 0:
             raise ValueError(
                 f"build_graph: `rigid_bonds` must be edges of the graph, got ({i}, {j}) which is "

@@ -181,15 +181,21 @@ def _check_options(
             raise ValueError(
                 f"draw_windows: `{name}` must be one of {', '.join(allowed)}, got {option!r}"
             )
-    if len(sizes) != 3 or any(
-        size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1)
-        for size in sizes
+    if (
+        not isinstance(sizes, Sequence)
+        or len(sizes) != 3
+        or any(
+            size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1)
+            for size in sizes
+        )
     ):
         raise ValueError(
             "draw_windows: `sizes` must be three positive ints (train, val, test) or None for "
             f"every start, got {sizes!r}"
         )
-    if len(fractions) != 3 or not all(fraction > 0 for fraction in fractions):
+    if len(fractions) != 3 or not all(
+        isinstance(fraction, int | float) and 0 < fraction < float("inf") for fraction in fractions
+    ):
         raise ValueError(
             f"draw_windows: `fractions` must be three positive numbers, got {fractions!r}"
         )

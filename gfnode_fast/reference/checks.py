@@ -237,6 +237,8 @@ def check_forward(
     _check_times(timeframes, batch, num_timesteps, solves)
     named = {"x": x, "h": h, "v": v, "loc_mean": loc_mean, "timeframes": timeframes}
     named |= {"edge_fea": edge_fea} | ({"U_batch": eigvecs} if basis == "graph" else {})
+    assert isinstance(edge_index, Tensor | tuple | list)
+    named |= {f"edge_index[{i}]": end for i, end in enumerate(edge_index)}
     for name, value in named.items():
         if isinstance(value, Tensor) and value.device != device:
             refuse(

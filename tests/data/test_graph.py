@@ -170,6 +170,8 @@ def test_radii_table_is_cordero_2008():
         ({"numbers": ETHANOL[:3]}, ValueError, r"`numbers` must have shape \(9,\)"),
         ({"numbers": ETHANOL * 1.0}, TypeError, "`numbers` must be integers"),
         ({"numbers": ETHANOL + 100}, ValueError, "`numbers` must lie in 1 … 96, got 106"),
+        ({"rigid_bonds": [(0, 1, 2)]}, TypeError, r"`rigid_bonds` must be pairs .* \(0, 1, 2\)"),
+        ({"rigid_bonds": [(0.0, 1.0)]}, TypeError, r"`rigid_bonds` must be pairs"),
         ({"rigid_bonds": [(0, 99)]}, ValueError, r"`rigid_bonds` must be edges .* \(0, 99\)"),
         ({"rigid_bonds": [(3, 8)]}, ValueError, r"`rigid_bonds` must be edges .* \(3, 8\)"),
     ],

@@ -222,6 +222,7 @@ def test_fractions_and_sizes_are_kept():
         ({"sizes": (1, 2, 0)}, ValueError, "`sizes` must be three positive ints"),
         ({"sizes": (1, 2, 0.5)}, ValueError, "`sizes` must be three positive ints"),
         ({"fractions": (1, 1, 0)}, ValueError, "`fractions` must be three positive"),
+        ({"fractions": (float("inf"), 1, 1)}, ValueError, "`fractions` must be three positive"),
         (
             {"delta_frame": 700},
             ValueError,
