@@ -103,4 +103,4 @@ def solve_fixed(
         )
     stats = SolveStats() if stats is None else stats
     readings = _Uniform(times, step_size)
-    return solve_on_grid(rhs, y0, readings, times.shape[1], tableau, stats)
+    return solve_on_grid(rhs, rhs, y0, readings, times.shape[1], tableau, stats)

@@ -7,7 +7,7 @@ recomputed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,9 @@ from gfnode_fast.solvers.rhs import RightHandSide, Tape
 from gfnode_fast.solvers.stage import fill_stages, flat, spread
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import Tableau
+
+Function = Callable[[Tensor, Tensor], Tensor]
+"""(s 0-dim, y (R, M, C)) → (R, M, C)."""
 
 
 class Readings(Protocol):
@@ -66,6 +69,7 @@ class _GridSolve(torch.autograd.Function):
     def forward(
         ctx: Any,
         rhs: RightHandSide,
+        function: Function,
         tableau: Tableau,
         stats: SolveStats,
         readings: Readings,
@@ -82,8 +86,7 @@ class _GridSolve(torch.autograd.Function):
 
         def evaluate(time: float, y: Tensor) -> Tensor:
             stats.evaluations += 1
-            k = rhs.published(_scalar(time, y), y.transpose(0, 1))
-            return k.transpose(0, 1)
+            return function(_scalar(time, y), y)
 
         def check(point: int) -> None:
             step = readings.grid[point] - readings.grid[max(point - 1, 0)]
@@ -140,7 +143,7 @@ class _GridSolve(torch.autograd.Function):
                     states[index - start], grad_y, grad_values,
                 )  # fmt: skip
         grads, _ = tape.finish()
-        return None, None, None, None, None, grad_y, *grads
+        return None, None, None, None, None, None, grad_y, *grads
 
 
 def _read(values: Tensor, buffer: Tensor, readings: Readings, point: int) -> None:
@@ -244,22 +247,31 @@ def solve_grid(
         Deterministic. O(L) steps for L united times, as published; memory O(sqrt(L)). Once
         differentiable, in y0 and the parameters.
     """
-    return solve_on_grid(rhs, y0, _Union(times.detach()), times.shape[1], tableau, stats)
+
+    def published(s: Tensor, y: Tensor) -> Tensor:
+        return rhs.published(s, y.transpose(0, 1)).transpose(0, 1)
+
+    readings = _Union(times.detach())
+    return solve_on_grid(rhs, published, y0, readings, times.shape[1], tableau, stats)
 
 
 def solve_on_grid(
     rhs: RightHandSide,
+    function: Function,
     y0: Tensor,
     readings: Readings,
     num_times: int,
     tableau: Tableau,
     stats: SolveStats,
 ) -> Tensor:
-    """Values (B, T, D, M, C) read along a grid from y0 (M, B, D, C); see `solve_grid`."""
+    """Values (B, T, D, M, C) read along a grid from y0 (M, B, D, C); see `solve_grid`.
+
+    `function` is what the forward pass evaluates, `rhs` or another form of it.
+    """
     modes, batch, components, channels = y0.shape
     rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels)
     values: Tensor = _GridSolve.apply(  # type: ignore[no-untyped-call]
-        rhs, tableau, stats, readings, (batch, num_times), rows, *rhs.parameters
+        rhs, function, tableau, stats, readings, (batch, num_times), rows, *rhs.parameters
     )
     if y0.is_complex():
         values = torch.view_as_complex(values.view(*values.shape[:2], -1, 2))
