@@ -1,7 +1,8 @@
 """The compiled kernels of the graph layers: float32 on the CPU, SiLU or Tanh.
 
 Registered as `gfnode_fast::egnn_edges`, `sum_edges`, `row_mlp` and `row_linear`. Formulas,
-ownership and cost: csrc/cpu/edge_layers.h, row_mlp.h. Once differentiable; a second derivative is refused.
+ownership and cost: csrc/cpu/edge_layers.h, row_mlp.h. Once differentiable; a second derivative is
+refused.
 """
 
 from __future__ import annotations
