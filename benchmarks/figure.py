@@ -13,12 +13,14 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.report import factor, heading, is_timed
+from benchmarks.report import heading, is_timed
 
 # Okabe and Ito's colours, distinguishable by everyone.
 COLOURS = {
     "U0": "#999999", "U1": "#0072B2", "C1": "#E69F00", "ours": "#D55E00", "ours exact": "#009E73",
 }  # fmt: skip
+# Curves that lie on each other stay visible.
+STYLES = {"U0": "o-", "U1": "s-", "C1": "^--", "ours": "D-", "ours exact": "v--"}
 GREY = "#444444"
 
 
@@ -77,7 +79,7 @@ def draw_times(axis: Axes, entries: list[dict[str, Any]]) -> None:
         if not found:
             continue
         medians = [1e3 * f["median_s"] for f in found]
-        axis.plot(batches, medians, "o-", color=colour, label=name, markersize=4)
+        axis.plot(batches, medians, STYLES[name], color=colour, label=name, markersize=4)
         axis.fill_between(
             batches,
             [1e3 * f["q1_s"] for f in found],
@@ -107,7 +109,7 @@ def draw_ratios(axis: Axes, entries: list[dict[str, Any]]) -> None:
             axis.bar(place, value - 1, width * 0.92, bottom=1, color=COLOURS[name],
                      label=name if i == 0 else None)  # fmt: skip
             offset, align = (2, "bottom") if value >= 1 else (-2, "top")
-            axis.annotate(factor(value), (place, value), (0, offset), textcoords="offset points",
+            axis.annotate(f"{value:.2g}×", (place, value), (0, offset), textcoords="offset points",
                           ha="center", va=align, fontsize=6.5)  # fmt: skip
     axis.axhline(1, color=COLOURS["U1"], linewidth=1)
     axis.set_yscale("log")
@@ -125,7 +127,7 @@ def draw_memory(axis: Axes, entries: list[dict[str, Any]]) -> None:
         batches, found = _series(entries, name, "peak_bytes")
         if found:
             mega = [f["peak_bytes"] / 2**20 for f in found]
-            axis.plot(batches, mega, "o-", color=colour, label=name, markersize=4)
+            axis.plot(batches, mega, STYLES[name], color=colour, label=name, markersize=4)
     _log_batch_axis(axis, entries)
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -163,7 +165,7 @@ def draw_roofline(
 
 def _draw_ceilings(axis: Axes, ceilings: dict[str, Any]) -> None:
     bandwidth = ceilings["copy_bytes_per_s"]
-    intensity = [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
+    intensity = [1, 2, 5, 10, 20, 50, 100, 200]
     for name, rate in ceilings["matrix_flops_per_s"].items():
         roof = [min(rate, bandwidth * x) / 1e9 for x in intensity]
         axis.plot(intensity, roof, "-", color=GREY, linewidth=0.8)

@@ -38,9 +38,17 @@ SCHEMA = 1
 
 
 def measure_all(
-    rows: list[Row], device: torch.device, effort: Effort, minutes: float, command: list[str]
+    rows: list[Row],
+    device: torch.device,
+    effort: Effort,
+    minutes: float,
+    command: list[str],
+    path: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure rows in order until the time is up; the rest is reported as skipped."""
+    """Measure rows in order until the time is up; the rest is reported as skipped.
+
+    With a path the result is written after every row, so that an interrupted run leaves its rows.
+    """
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "about": environment.describe(device, command),
@@ -58,6 +66,8 @@ def measure_all(
             continue
         print(f"[{spent:5.0f} s] {i + 1}/{len(rows)} {row.name}", file=sys.stderr, flush=True)
         result["rows"].append(measure(row, device, checker, effort))
+        if path:
+            write(result, path)
     result["about"]["load_average_at_end"] = [round(load, 2) for load in os.getloadavg()]
     result["about"]["minutes"] = round((time.perf_counter() - began) / 60, 1)
     return result
@@ -107,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
         command = ["python", "benchmarks/run.py", *(arguments or sys.argv[1:])]
         effort = QUICK if options.quick else Effort()
-        result = measure_all(rows, device, effort, options.minutes, command)
+        result = measure_all(rows, device, effort, options.minutes, command, options.json)
     if options.json:
         write(result, options.json)
     print(table(result))

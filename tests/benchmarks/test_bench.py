@@ -188,15 +188,15 @@ def test_committed_results_are_readable() -> None:
         assert result["about"]["commit"]
 
 
-def test_scripts_run_as_files() -> None:
-    for script in ("run", "report", "compare", "gpu_acceptance", "accuracy", "aot"):
-        done = subprocess.run(
-            [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--help"],
-            capture_output=True,
-            text=True,
-            cwd=ROOT / "tests",
-        )
-        assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("script", ["compare", "gpu_acceptance"])  # the least and the most imports
+def test_scripts_run_as_files(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "tests",
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("part", ["core", "matrix"])
