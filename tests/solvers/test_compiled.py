@@ -197,21 +197,17 @@ def test_auto_does_not_compile() -> None:
     assert gfnode_fast.FourierMD(**constructor()).backend == "torch"
 
 
-@pytest.mark.parametrize("solver", ["euler", pytest.param("adaptive_heun", marks=pytest.mark.slow)])
-def test_generated_code(solver: str) -> None:
-    model = propagator(solver=solver, time_mode="concat")
+@pytest.mark.parametrize(
+    ("interaction", "solver"),
+    [
+        ("no_interaction", "euler"),
+        pytest.param("attention", "adaptive_heun", marks=pytest.mark.slow),
+        pytest.param("concat", "midpoint", marks=pytest.mark.slow),
+    ],
+)
+def test_generated_code(interaction: str, solver: str) -> None:
+    model = propagator(mode_interaction=interaction, time_mode="mlp", solver=solver)
     for batch, num_times in [shape for shape in SHAPES if shape[0] > 1]:
         assert_eager(model, signals(batch=batch, num_times=num_times))
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("interaction", "solver"), [("attention", "adaptive_heun"), ("concat", "midpoint")]
-)
-def test_generated_code_of_mixing_right_hand_sides(interaction: str, solver: str) -> None:
-    model = propagator(mode_interaction=interaction, time_mode="mlp", solver=solver)
-    for batch in (4, 7):
-        assert_eager(model, signals(batch=batch, components=3))
-    assert counters["stats"]["unique_graphs"] == 2
