@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -155,6 +157,25 @@ def test_to_cuda() -> None:
     actual = model.to("cuda")(**given)[0]
     assert actual.is_cuda
     assert relative_error(actual.cpu(), expected) < 1e-5
+
+
+def test_autocast() -> None:
+    """Under bfloat16 autocast both models run, and differ by what bfloat16 does to either."""
+    model, dropin = reference.FourierMD(**constructor()), gfnode_fast.FourierMD(**constructor())
+    dropin.load_state_dict(model.state_dict())
+    exact = model(**inputs())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = model(**inputs())[0], dropin(**inputs())[0]
+    ours.float().square().mean().backward()
+    gradients = [p.grad for p in dropin.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert relative_error(ours, exact) < max(2 * relative_error(theirs, exact), 1e-2)
+
+
+def test_importing_takes_no_compiler() -> None:
+    script = "import sys, gfnode_fast; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_deterministic() -> None:

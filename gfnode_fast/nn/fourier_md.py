@@ -8,6 +8,7 @@ import inspect
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gfnode_fast import reference
@@ -50,6 +51,10 @@ class FourierMD(reference.FourierMD):
         last_solve: evaluations and steps of the last forward pass, per propagator; zeros with
             backend="reference".
 
+    Notes:
+        Under torch.autocast the graph layers are the reference's, whose linears autocast casts;
+        transforms and the solve keep the model's precision.
+
     Raises:
         TypeError, ValueError: an argument with which the published model crashes, or a
             `solver_mode` that conflicts with the others; the message names it.
@@ -86,7 +91,7 @@ class FourierMD(reference.FourierMD):
         # with them the output beyond any tolerance. There the encoder is the reference's, bit for
         # bit; nothing after the solve is amplified.
         chaotic = self.fourier_basis != "linear" and self.time_mode in CHAOTIC_TIME_MODES
-        if self.backend == "reference" or chaotic:
+        if self._takes_reference_layers(x) or chaotic:
             return super()._encode(x, v, h, row, col, edge_fea)
         return self._run_layers(self.encode_layers, x, v, self.embedding(h), row, col, edge_fea, 1)
 
@@ -100,9 +105,12 @@ class FourierMD(reference.FourierMD):
         edge_fea: Tensor,
         num_copies: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.backend == "reference":
+        if self._takes_reference_layers(x):
             return super()._decode(x, v, h, row, col, edge_fea, num_copies)
         return self._run_layers(self.decode_layers, x, v, h, row, col, edge_fea, num_copies)
+
+    def _takes_reference_layers(self, x: Tensor) -> bool:
+        return self.backend == "reference" or torch.is_autocast_enabled(x.device.type)
 
     def _run_layers(
         self,
@@ -128,15 +136,16 @@ class FourierMD(reference.FourierMD):
             return super()._propagated(propagator, signal, s, eigvecs)
         stats = self.last_solve["freq_conv" if propagator is self.freq_conv else "freq_conv_x"]
         stats.reset()
-        return propagate(
-            propagator,
-            signal,
-            s,
-            eigvecs,
-            stats,
-            backend=self.backend,
-            solver_mode=self.solver_mode,
-        )
+        with torch.autocast(signal.device.type, enabled=False):
+            return propagate(
+                propagator,
+                signal.to(self.embedding.weight.dtype),
+                s,
+                eigvecs,
+                stats,
+                backend=self.backend,
+                solver_mode=self.solver_mode,
+            )
 
 
 def choose_backend(requested: str) -> tuple[str, str]:

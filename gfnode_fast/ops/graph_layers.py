@@ -6,7 +6,9 @@ one copy. Oracles: `gfnode_fast.reference.layers`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ from gfnode_fast.ops.graph_layers_torch import (
 )
 from gfnode_fast.ops.topology import Topology
 from gfnode_fast.reference.layers import COORDINATE_WIDTH
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "cpp")
 RECOMPUTED_EDGES = 8192  # at once: bounds the memory of backward; smaller ones cost more calls
@@ -200,10 +204,17 @@ def _kernels(op: str, backend: str, h: Tensor, activation: nn.Module) -> LayerKe
     refusal = _refusal(h, activation)
     if refusal is None:
         return CompiledKernels()
-    if backend == "auto":
-        return TorchKernels()
     error, problem = refusal
+    if backend == "auto":
+        if error is RuntimeError and not torch.compiler.is_compiling():
+            _say_once(problem)
+        return TorchKernels()
     raise error(f"{op}: `backend` must be 'torch' or 'auto' here, got 'cpp'; {problem}")
+
+
+@lru_cache(maxsize=8)
+def _say_once(problem: str) -> None:
+    logger.info("graph layers: backend torch: %s", problem)
 
 
 def _refusal(h: Tensor, activation: nn.Module) -> tuple[type[Exception], str] | None:

@@ -23,7 +23,6 @@ _NUM_EGNN_TENSORS = 12  # leading tensor arguments of egnn_edges
 _registered = False
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not_compiled() -> str | None:
     """None when the compiled kernels are there, else what is missing."""
     global _registered
@@ -35,6 +34,11 @@ def why_not_compiled() -> str | None:
         _register()
         _registered = True
     return None
+
+
+# What torch.compiler.assume_constant_result does, without importing torch's compiler, which takes a
+# second: a traced graph takes the answer as it is.
+why_not_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class CompiledKernels:
