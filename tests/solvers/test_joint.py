@@ -126,7 +126,7 @@ def test_first_step_rejected() -> None:
 
 
 def test_gradcheck() -> None:
-    """Inside the first step, whose size carries gradient: later sizes are constants, as published."""
+    """Inside the first step, whose size carries gradient: later sizes are constants."""
     model = propagator(channels=2, num_modes=2, mode_interaction="attention", time_mode="concat")
     signal, times, eigvecs = signals(batch=2, num_atoms=3, channels=2, num_times=2)
     function = right_hand_side(model.t_conv.ode_func)
