@@ -127,6 +127,7 @@ def profile_step(row: Row, device: torch.device) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.synchronize()
     on_device = device.type == "cuda"
+    kind = torch.autograd.DeviceType.CUDA if on_device else torch.autograd.DeviceType.CPU
     kernels = [
         {
             "name": event.key,
@@ -134,6 +135,7 @@ def profile_step(row: Row, device: torch.device) -> dict[str, Any]:
             "us": event.self_device_time_total if on_device else event.self_cpu_time_total,
         }
         for event in profiler.key_averages()
+        if event.device_type == kind  # an operation on the host carries its kernels' time again
     ]
     kernels = sorted((k for k in kernels if k["us"] > 0), key=lambda k: -k["us"])
     return {

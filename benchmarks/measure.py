@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import inputs
 from benchmarks.agreement import Checker
-from benchmarks.baselines.c1 import CompileLog
+from benchmarks.baselines.c1 import CompileLog, compiler
 from benchmarks.operations import make_task
 from benchmarks.registry import BASELINES, Row, contenders
 from benchmarks.task import Task, Unavailable
@@ -21,6 +22,7 @@ from benchmarks.timing import Timing, count, count_operations, interleaved, peak
 SINGLE_FROM = {"cpu": 200, "cuda": 4096}  # U0 with irregular times runs once from this batch on
 COUNTED_UP_TO_S = 20.0  # an execution longer than this is not repeated for counting and weighing
 CHECKED_WITHOUT_MEMORY = 512  # the batch of the agreement check where U1 does not fit
+CUDA_GRAPH_RUNS = 3
 NO_SLOWER = 1.02  # C1 / U1 up to this is noise
 
 
@@ -113,20 +115,16 @@ def measure(row: Row, device: torch.device, checker: Checker, effort: Effort) ->
         try:
             info: dict[str, Any] = {}
             if name == "C1":
-                with CompileLog() as log:
-                    task = make_task(name, row, device)
-                    errors = checker.check(
-                        name, checked, _at(checked, row, name, task, device), expected
-                    )
-                info = log.info()
+                task, errors, info = _compiled(row, checked, device, checker, expected)
             else:
                 task = make_task(name, row, device)
-                if name == "U0":
-                    errors = against_u0
-                else:
-                    errors = checker.check(
+                errors = (
+                    against_u0
+                    if name == "U0"
+                    else checker.check(
                         name, checked, _at(checked, row, name, task, device), expected
                     )
+                )
             tasks[name] = task
             results[name] = {"status": "ok", "agreement": errors, **info}
             if checked is not row:
@@ -159,6 +157,32 @@ def measure(row: Row, device: torch.device, checker: Checker, effort: Effort) ->
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return found
+
+
+def _compiled(
+    row: Row, checked: Row, device: torch.device, checker: Checker, expected: dict[str, Tensor]
+) -> tuple[Task, dict[str, float], dict[str, Any]]:
+    """C1, checked, and its cost; on a GPU with CUDA graphs, or without where they fail."""
+
+    def build() -> tuple[Task, dict[str, float], dict[str, Any]]:
+        with CompileLog() as log:
+            task = make_task("C1", row, device)
+            errors = checker.check("C1", checked, _at(checked, row, "C1", task, device), expected)
+            for _ in range(CUDA_GRAPH_RUNS if device.type == "cuda" else 0):
+                task.run()  # recording starts on the second execution, replay on the third
+        return task, errors, log.info()
+
+    if device.type != "cuda":
+        return build()
+    try:
+        return build()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+    with compiler("inductor", cuda_graphs=False):
+        task, errors, info = build()
+    return task, errors, {**info, "cuda_graphs_failed": why}
 
 
 def _at(checked: Row, row: Row, name: str, task: Task, device: torch.device) -> Task:

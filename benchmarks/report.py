@@ -95,10 +95,22 @@ def _detail(name: str, found: dict[str, Any]) -> list[str]:
 def _compilation(found: dict[str, Any]) -> str:
     if "compile_s" not in found:
         return ""
-    return (
+    without = found.get("cuda_graphs_failed")
+    return (f"without CUDA graphs ({without}); " if without else "") + (
         f"compiled in {found['compile_s']:.0f} s, {found['graphs']} graphs, "
         f"{found['graph_breaks']} breaks, {found['recompiles']} recompiles"
     )
+
+
+def _bandwidth(
+    found: dict[str, Any], entry: dict[str, Any], ceilings: dict[str, Any] | None
+) -> str:
+    """Rate of the bytes that any implementation must move, where the row knows them."""
+    least = entry.get("work", {}).get("min_bytes")
+    if not least or not ceilings or not is_timed(found):
+        return ""
+    rate = least / found["median_s"]
+    return f"{rate / 1e9:.3g} GB/s, {rate / ceilings['copy_bytes_per_s']:.0%} of a copy"
 
 
 def heading(about: dict[str, Any]) -> str:
@@ -133,6 +145,7 @@ def table(result: dict[str, Any]) -> str:
             ]
             label, time, memory, operations, error = _detail(name, found)
             notes = found["reason"] if found["status"] == "invalid" else _compilation(found)
+            notes = notes or _bandwidth(found, entry, result.get("ceilings"))
             cells = [title, label, time, *ratios, memory, operations, error, notes]
             lines.append("| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |")
             title = ""

@@ -30,18 +30,18 @@ SAFETY, GROWTH, SHRINK = 0.9, 10.0, 0.2  # torchdiffeq's controller
 SMALL_NORM, SMALL_STEP = 1e-5, 1e-6  # torchdiffeq's first step
 
 
-_COMPILER = "inductor"
+_COMPILER, _CUDA_GRAPHS = "inductor", True
 
 
 @contextmanager
-def compiler(name: str) -> Iterator[None]:
-    """Another torch.compile backend for a while: "eager" only traces, for dry runs."""
-    global _COMPILER
-    before, _COMPILER = _COMPILER, name
+def compiler(name: str, *, cuda_graphs: bool = True) -> Iterator[None]:
+    """Another way to compile for a while: "eager" only traces, for dry runs."""
+    global _COMPILER, _CUDA_GRAPHS
+    before, (_COMPILER, _CUDA_GRAPHS) = (_COMPILER, _CUDA_GRAPHS), (name, cuda_graphs)
     try:
         yield
     finally:
-        _COMPILER = before
+        _COMPILER, _CUDA_GRAPHS = before
 
 
 def _options() -> dict[str, Any]:
@@ -49,7 +49,7 @@ def _options() -> dict[str, Any]:
         # Without this, inductor (2.13, CPU) fuses the sum over edge gradients with what precedes
         # it: EGNN's gradient in x silently loses the part through distances.
         "score_fusion_memory_threshold": 1 << 40,
-        "triton.cudagraphs": torch.cuda.is_available(),
+        "triton.cudagraphs": _CUDA_GRAPHS and torch.cuda.is_available(),
     }
 
 
