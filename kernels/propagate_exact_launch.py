@@ -134,8 +134,8 @@ def _aot_cases(channels: int, dtype: str, has_bias: bool) -> list[AotCase]:
             reason = "for checking only: no fp64 tensor products on sm_100"
         elif direction == "bwd" and channels == 64:
             reason = (
-                "up to 24 bytes of addresses a thread on sm_80; reading one time at once would avoid "
-                "it and write partial sums four times as often"
+                "up to 24 bytes of addresses a thread on sm_80; reading one time at once would "
+                "avoid it and write partial sums four times as often"
             )
         absent = {} if has_bias else {"bias_ptr": None}
         return AotCase(
