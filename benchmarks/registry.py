@@ -133,7 +133,7 @@ def cpu_rows() -> list[Row]:
         ),
     )  # fmt: skip
     propagation = [Row("propagation", "backward", batch) for batch in (50, 100, 200)]
-    return propagation[:1] + rows + propagation[1:] + cpu_op_rows()
+    return propagation + rows + cpu_op_rows()
 
 
 def cpu_op_rows() -> list[Row]:
