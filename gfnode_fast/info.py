@@ -40,7 +40,9 @@ def info() -> dict[str, Any]:
         devices: `cpu` with its cores and torch's threads; `cuda` with `available`, `why_not`,
             `toolkit` (torch's) and per device name, compute capability, memory in bytes and
             number of multiprocessors.
-        backends: name → `available`, `why_not`.
+        backends: name → `available`, `why_not`; "cpp" serves graph layers.
+        auto: what "auto" takes, and why.
+        solvers: the methods solved here, and those left to torchdiffeq with the published costs.
         extension: `available`, `why_not`, `build` (what the installation asked for, built, and why
             no more) and `binary` (what the loaded binary says of itself).
 
@@ -54,6 +56,8 @@ def info() -> dict[str, Any]:
         "packages": {name: _installed_version(name) for name in PACKAGES},
         "devices": {"cpu": _cpu(), "cuda": _cuda()},
         "backends": _backends(),
+        "auto": _chosen(),
+        "solvers": _solvers(),
         "extension": _extension(),
     }
 
@@ -113,19 +117,41 @@ def _why_no_triton() -> str | None:
 
 def _backends() -> dict[str, dict[str, Any]]:
     from gfnode_fast.nn.fourier_md import BACKENDS
+    from gfnode_fast.ops.dispatch import choose_backend
 
-    problems = {
-        "reference": None,
-        "triton": _why_no_triton(),
-        "extension": why_no_extension(),
+    unproven = f"not a backend of FourierMD: {choose_backend('info', 'auto')[1]}"
+    triton = _why_no_triton()
+    problems = dict.fromkeys(name for name in BACKENDS if name != "auto")
+    return {name: _availability(problem) for name, problem in problems.items()} | {
+        "cpp": _availability(why_no_extension()),
+        "triton": _availability(f"{unproven}; besides, {triton}" if triton else unproven),
     }
-    backends = {}
-    for name, problem in problems.items():
-        if name not in BACKENDS:
-            absent = "FourierMD has no such backend in this version"
-            problem = f"{absent}; besides, {problem}" if problem else absent
-        backends[name] = _availability(problem)
-    return backends
+
+
+def _chosen() -> dict[str, dict[str, str]]:
+    from gfnode_fast.nn.fourier_md import choose_backend
+    from gfnode_fast.ops.dispatch import choose_backend as choose_op_backend
+
+    model, model_reason = choose_backend("auto")
+    transforms, transforms_reason = choose_op_backend("info", "auto")
+    problem = why_no_extension()
+    return {
+        "FourierMD": {"backend": model, "reason": model_reason},
+        "graph layers": {
+            "backend": "torch" if problem else "cpp",
+            "reason": problem or "on the CPU in float32 with SiLU or Tanh, else torch",
+        },
+        "graph Fourier transforms": {"backend": transforms, "reason": transforms_reason},
+    }
+
+
+def _solvers() -> dict[str, list[str]]:
+    from torchdiffeq._impl.odeint import SOLVERS
+
+    from gfnode_fast.solvers import TABLEAUS
+
+    theirs = [name for name in SOLVERS if name not in TABLEAUS and name != "scipy_solver"]
+    return {"own": list(TABLEAUS), "torchdiffeq": theirs}
 
 
 def _extension() -> dict[str, Any]:

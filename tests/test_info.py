@@ -41,6 +41,21 @@ def test_reference_backend_is_always_available() -> None:
     assert info()["backends"]["reference"] == {"available": True, "why_not": None}
 
 
+def test_what_auto_takes_is_said() -> None:
+    described = info()
+    assert set(described["backends"]) == {"torch", "compiled", "reference", "cpp", "triton"}
+    for choice in described["auto"].values():
+        assert choice["backend"] in described["backends"]
+        assert choice["reason"]
+    assert described["auto"]["FourierMD"]["backend"] == "torch"
+
+
+def test_solvers_left_to_torchdiffeq_are_named() -> None:
+    solvers = info()["solvers"]
+    assert "dopri5" in solvers["own"]
+    assert "implicit_adams" in solvers["torchdiffeq"]
+
+
 def test_missing_package_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("gfnode_fast.info")  # the package's `info` is the function
     monkeypatch.setattr(module, "PACKAGES", ("a-package-nobody-installed",))
