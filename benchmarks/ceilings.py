@@ -34,3 +34,14 @@ def measure_ceilings(device: torch.device, *, tiny: bool = False) -> dict[str, A
         "copy_bytes_per_s": 2 * copied / best(lambda: target.copy_(source)),
         "matrix_flops_per_s": rates,
     }
+
+
+def higher(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The higher of two measurements: other work on the machine only ever lowers one."""
+    rates = first["matrix_flops_per_s"]
+    return {
+        "copy_bytes_per_s": max(first["copy_bytes_per_s"], second["copy_bytes_per_s"]),
+        "matrix_flops_per_s": {
+            name: max(rate, second["matrix_flops_per_s"][name]) for name, rate in rates.items()
+        },
+    }
