@@ -68,14 +68,17 @@ def propagate_exact(
         host.
     """
     backend, _ = choose_backend("propagate_exact", backend)
-    _check(y0, weight, times, slope)
+    check_linear("propagate_exact", y0, weight, times, slope)
     if backend == "torch":
+        status = torch.zeros(len(times), dtype=torch.int32, device=y0.device)
+        if y0.numel() == 0 or times.numel() == 0:
+            return no_values(y0, weight, times), status
         rhs = LinearRHS(_unpublished, weight)
         if slope is not None:
             rhs = LinearRHS(_unpublished, weight, _slope_times, (slope,), is_proportional=True)
         values = solve_exact(rhs, y0.transpose(0, 1), times).permute(1, 0, 3, 2, 4)
-        return values, torch.zeros(len(times), dtype=torch.int32, device=y0.device)
-    _check_triton(y0)
+        return values, status
+    check_triton("propagate_exact", y0)
     values, by_row = torch.ops.gfnode_fast.propagate_exact(
         y0, weight, slope, times.to(y0.dtype), _plan(weight.detach(), slope is not None)
     )
@@ -125,8 +128,13 @@ def _slope_times(s: Tensor, slope: Tensor) -> Tensor:
     return s.view(-1, 1, 1) * slope
 
 
-def _check(y0: Tensor, weight: Tensor, times: Tensor, slope: Tensor | None) -> None:
-    op = "propagate_exact"
+def no_values(y0: Tensor, weight: Tensor, times: Tensor) -> Tensor:
+    """Values (T, B, M, D, C) where there are none, with their place in the graph."""
+    return y0.expand(times.shape[1], *y0.shape) * weight.sum()
+
+
+def check_linear(op: str, y0: Tensor, weight: Tensor, times: Tensor, slope: Tensor | None) -> None:
+    """Shapes, dtypes and devices of linear or affine dynamics."""
     if y0.dim() != 4:
         raise ValueError(f"{op}: `y0` must be (B, M, D, C), got {tuple(y0.shape)}; reshape it")
     batch, modes, _, channels = y0.shape
@@ -159,16 +167,17 @@ def _check(y0: Tensor, weight: Tensor, times: Tensor, slope: Tensor | None) -> N
             )
 
 
-def _check_triton(y0: Tensor) -> None:
+def check_triton(op: str, y0: Tensor) -> None:
+    """What the kernels of linear dynamics cannot serve."""
     if y0.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            "propagate_exact: `y0` must be float32 or float64 with backend='triton', got "
-            f"{y0.dtype}; convert it or use backend='torch'"
+            f"{op}: `y0` must be float32 or float64 with backend='triton', got {y0.dtype}; convert "
+            "it or use backend='torch'"
         )
     if y0.shape[3] > LARGEST_C:
         raise ValueError(
-            f"propagate_exact: `y0` must have at most {LARGEST_C} channels with backend='triton', "
-            f"got {y0.shape[3]}; use backend='torch'"
+            f"{op}: `y0` must have at most {LARGEST_C} channels with backend='triton', got "
+            f"{y0.shape[3]}; use backend='torch'"
         )
 
 

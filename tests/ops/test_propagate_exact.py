@@ -159,14 +159,17 @@ def test_strides() -> None:
     ("batch", "modes", "components", "channels", "times"),
     [(0, 2, 1, 2, 2), (2, 2, 1, 2, 0), (1, 1, 1, 1, 1), (1, 1, 2, 33, 9)],
 )
-def test_sizes(batch: int, modes: int, components: int, channels: int, times: int) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes(
+    backend: str, batch: int, modes: int, components: int, channels: int, times: int
+) -> None:
     sizes = {"batch": batch, "modes": modes, "components": components, "channels": channels}
     inputs, own = problem(dtype=torch.float32, times=times, **sizes)
     wide = [x.double() for x in inputs]
-    got, status = propagate_exact(*inputs[:2], own, slope=inputs[2], backend="triton")
+    got, status = propagate_exact(*inputs[:2], own, slope=inputs[2], backend=backend)
     assert status.shape == (batch,)
     assert relative_error(got, oracle(own)(*wide)) <= TOLERANCE[torch.float32]
-    pairs = zip(gradients(solve(own, "triton"), inputs), gradients(oracle(own), wide), strict=True)
+    pairs = zip(gradients(solve(own, backend), inputs), gradients(oracle(own), wide), strict=True)
     for mine, exact in pairs:
         assert relative_error(mine, exact) <= TOLERANCE[torch.float32]
 
