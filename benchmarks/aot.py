@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import hashlib
 import json
 import os
 import re
@@ -19,7 +20,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,30 +104,44 @@ def compile_case(case: AotCase, arch: int) -> Compiled:
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, collections.Counter[str]]:
-    """Registers, stack bytes and instruction counts, with the tools that Triton ships."""
+    """Registers, stack bytes and instruction counts; kept beside Triton's cache of the cubin."""
+    import triton
+
+    cache = Path(triton.knobs.cache.dir) / "gfnode_aot"
+    known = cache / f"{hashlib.sha256(cubin).hexdigest()}.json"
+    if known.exists():
+        registers, stack, mix = json.loads(known.read_text())
+        return registers, stack, collections.Counter(mix)
+    found = _disassemble(cubin)
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = known.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    partial.write_text(json.dumps(found))
+    partial.replace(known)
+    return found
+
+
+def _disassemble(cubin: bytes) -> tuple[int, int, collections.Counter[str]]:
+    """The same, with the tools that Triton ships."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     environment = {**os.environ, "PATH": f"{tools}:{os.environ.get('PATH', '')}"}
 
-    def dump(option: str, path: Path) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
         done = subprocess.run(
-            [tools / "cuobjdump", option, path],
+            [tools / "cuobjdump", "-res-usage", "-sass", path],
             capture_output=True,
             text=True,
             check=True,
             env=environment,  # cuobjdump looks for nvdisasm there
         )
-        return done.stdout + done.stderr
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage, assembly = dump("-res-usage", path), dump("-sass", path)
-    registers, stack = re.search(r"REG:(\d+)", usage), re.search(r"STACK:(\d+)", usage)
+    text = done.stdout + done.stderr
+    registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
     if registers is None or stack is None:
-        raise RuntimeError(f"aot: cuobjdump reports no registers or stack: {usage[:200]!r}")
-    mix = collections.Counter(INSTRUCTION.findall(assembly))
+        raise RuntimeError(f"aot: cuobjdump reports no registers or stack: {text[:200]!r}")
+    mix = collections.Counter(INSTRUCTION.findall(text))
     return int(registers[1]), int(stack[1]), mix
 
 
@@ -132,15 +149,19 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Compiled
     """Every registered case on every architecture; what fails to compile is a problem in its
     row.
     """
-    found = []
-    for case in all_cases():
-        for arch in architectures:
-            try:
-                found.append(compile_case(case, arch))
-            except Exception as error:
-                text = f"does not compile: {type(error).__name__}: {str(error)[:500]}"
-                found.append(Compiled(case.name, arch, 0, 0, 0, 0, {}, 0.0, text, None))
-    return found
+
+    def attempt(job: tuple[AotCase, int]) -> Compiled:
+        case, arch = job
+        try:
+            return compile_case(case, arch)
+        except Exception as error:
+            text = f"does not compile: {type(error).__name__}: {str(error)[:500]}"
+            return Compiled(case.name, arch, 0, 0, 0, 0, {}, 0.0, text, None)
+
+    jobs = [(case, arch) for case in all_cases() for arch in architectures]
+    # ptxas and cuobjdump are processes of their own, most of the time: threads are enough.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(attempt, jobs))
 
 
 def cuda_sources() -> list[Path]:
