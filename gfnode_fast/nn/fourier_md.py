@@ -31,16 +31,14 @@ class FourierMD(reference.FourierMD):
 
     Args:
         backend: "torch" solves at every molecule's own times, linear in the batch; "compiled" does
-            the same in graphs of torch.compile, made at the first use (half a minute to minutes;
+            the same in graphs of torch.compile, made at the first use (which can take minutes;
             see `solvers.compiled`); "reference" is the published algorithm with its costs; "auto"
             chooses once, never "compiled", and says why (`backend_reason`, and in the log). A
             request that cannot be served raises. Keyword only, like every argument beyond the
             published ones, which are documented at `gfnode_fast.reference.FourierMD` and may be
             given by position.
         recompute: keep only node states of the graph layers for backward and compute their edge
-            quantities again there: slower by a fifth, several times less memory. No effect with
-            backend="reference".
-
+            quantities again there: slower, with less memory. No effect with backend="reference".
         solver_mode: how steps are chosen (`gfnode_fast.solvers`). "joint", the published solver's
             steps for the whole batch; "per_molecule", adaptive steps of each molecule's own, so
             that an answer does not depend on batch mates; "exact", no solver at all, where modes do
@@ -52,6 +50,8 @@ class FourierMD(reference.FourierMD):
             backend="reference".
 
     Notes:
+        But for backend="reference", graph layers take the C++ kernels where these serve (CPU,
+        float32, SiLU or Tanh) and PyTorch elsewhere; `gfnode_fast.info()["auto"]` says which.
         Under torch.autocast the graph layers are the reference's, whose linears autocast casts;
         transforms and the solve keep the model's precision.
 
@@ -151,7 +151,7 @@ class FourierMD(reference.FourierMD):
 def choose_backend(requested: str) -> tuple[str, str]:
     """The backend that will run and the reason."""
     if requested == "auto":
-        return "torch", "linear in the batch, with the published solver's steps, on any device"
+        return "torch", "linear in the batch, with the published solver's steps"
     return requested, "requested"
 
 
