@@ -30,7 +30,8 @@ from gfnode_fast.reference.layers import COORDINATE_WIDTH
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "torch", "cpp")
+BACKENDS = ("auto", "torch", "cpp", "triton")
+PRECISIONS = ("fp32", "tf32", "bf16")
 RECOMPUTED_EDGES = 8192  # at once: bounds the memory of backward; smaller ones cost more calls
 
 
@@ -46,6 +47,7 @@ def egnn_layer(
     norm: bool = False,
     recompute: bool = False,
     backend: str = "auto",
+    precision: str = "fp32",
 ) -> State:
     """One EGNN layer with velocities (arXiv 2102.09844, as the published GF-NODE uses it).
 
@@ -68,6 +70,8 @@ def egnn_layer(
             again, instead of keeping the edge intermediates of all.
         backend: "cpp" is compiled kernels, "torch" plain PyTorch; "auto" takes "cpp" where
             it serves: float32 on the CPU, SiLU or Tanh, no autocast, extension built.
+        precision: of the matrix products: "fp32"; "tf32" and "bf16" round their operands and are
+            served by backend="triton" alone.
 
     Returns:
         x' (T*n, 3), v, h' (T*n, K).
@@ -91,7 +95,7 @@ def egnn_layer(
     ):
         _check_mlp("egnn_layer", name, mlp, ends, h)
 
-    kernels = _kernels("egnn_layer", backend, h, activation)
+    kernels = _kernels("egnn_layer", backend, precision, h, activation)
 
     def layer(state: State, sorted_fea: Tensor) -> State:
         return split_egnn(state, sorted_fea, edges, weights, activation, norm, kernels)
@@ -110,13 +114,14 @@ def sage_layer(
     *,
     recompute: bool = False,
     backend: str = "auto",
+    precision: str = "fp32",
 ) -> State:
     """One GraphSAGE layer on c = [x, v, h], width C = K + 6.
 
         c_i' = c_i + node([c_i, mean_j edge([c_i, c_j, e_ij])])
 
     Args:
-        x, v, h, edges, edge_fea, activation, recompute, backend: as in `egnn_layer`.
+        x, v, h, edges, edge_fea, activation, recompute, backend, precision: as in `egnn_layer`.
         weights: edge 2C+D → hidden → C, node 2C → hidden → C.
 
     Returns, raises, notes: as in `egnn_layer`; v changes too.
@@ -130,6 +135,7 @@ def sage_layer(
         activation,
         recompute,
         backend,
+        precision,
         node_inputs=2,
     )
 
@@ -145,13 +151,14 @@ def gcn_layer(
     *,
     recompute: bool = False,
     backend: str = "auto",
+    precision: str = "fp32",
 ) -> State:
     """One GCN layer on c = [x, v, h], width C = K + 6.
 
         c_i' = c_i + node(mean_j edge([c_i, c_j, e_ij]))
 
     Args:
-        x, v, h, edges, edge_fea, activation, recompute, backend: as in `egnn_layer`.
+        x, v, h, edges, edge_fea, activation, recompute, backend, precision: as in `egnn_layer`.
         weights: edge 2C+D → hidden → C, node C → hidden → C.
 
     Returns, raises, notes: as in `egnn_layer`; v changes too.
@@ -165,6 +172,7 @@ def gcn_layer(
         activation,
         recompute,
         backend,
+        precision,
         node_inputs=1,
     )
 
@@ -178,6 +186,7 @@ def _mean_layer(
     activation: nn.Module,
     recompute: bool,
     backend: str,
+    precision: str,
     node_inputs: int,
 ) -> State:
     _check_state(op, *state, edges, edge_fea)
@@ -185,7 +194,7 @@ def _mean_layer(
     _check_mlp(op, "edge", weights.edge, (2 * width + edge_width, width), state[2])
     _check_mlp(op, "node", weights.node, (node_inputs * width, width), state[2])
 
-    kernels = _kernels(op, backend, state[2], activation)
+    kernels = _kernels(op, backend, precision, state[2], activation)
 
     def layer(state: State, sorted_fea: Tensor) -> State:
         return split_mean(state, sorted_fea, edges, weights, activation, node_inputs == 2, kernels)
@@ -193,11 +202,28 @@ def _mean_layer(
     return _run(layer, state, edge_fea, edges, recompute)
 
 
-def _kernels(op: str, backend: str, h: Tensor, activation: nn.Module) -> LayerKernels:
+def _kernels(
+    op: str, backend: str, precision: str, h: Tensor, activation: nn.Module
+) -> LayerKernels:
     if backend not in BACKENDS:
         raise ValueError(
             f"{op}: `backend` must be one of {', '.join(BACKENDS)}, got {backend!r}; choose one of "
             "these"
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"{op}: `precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}; choose "
+            "one of these"
+        )
+    if backend == "triton":
+        raise RuntimeError(
+            f"{op}: `backend` must be 'auto', 'torch' or 'cpp' here, got 'triton'; its kernels "
+            "are not there yet; choose another"
+        )
+    if precision != "fp32":
+        raise ValueError(
+            f"{op}: `precision` must be 'fp32' with backend={backend!r}, got {precision!r}; "
+            "reduced precision is served by backend='triton' alone"
         )
     if backend == "torch":
         return TorchKernels()
