@@ -26,7 +26,7 @@ from benchmarks import environment
 from benchmarks.agreement import relative_error
 from benchmarks.operations import make_task
 from benchmarks.registry import MODELS, Row
-from benchmarks.report import heading, seconds
+from benchmarks.report import SCHEMA, accuracy_table, heading
 from benchmarks.task import Unavailable
 from benchmarks.timing import interleaved
 
@@ -56,7 +56,7 @@ def overall_errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[
     return errors
 
 
-def accuracy(row: Row, device: torch.device, *, rounds: int = 10) -> list[dict[str, Any]]:
+def accuracy(row: Row, device: torch.device, *, rounds: int = 10) -> dict[str, Any]:
     """Errors at CHECK_BATCH molecules and times at the row's size, mode by mode."""
     small = replace(row, batch=min(row.batch, CHECK_BATCH), phase="backward")
     exact = make_task("U0", replace(small, precision="fp64"), device).values()
@@ -80,27 +80,7 @@ def accuracy(row: Row, device: torch.device, *, rounds: int = 10) -> list[dict[s
         for kind in ("output", "grad"):
             if kind in entry and own.get(kind):
                 entry[f"{kind} against fp32"] = entry[kind] / own[kind]
-    return found
-
-
-def table(row: Row, entries: list[dict[str, Any]]) -> str:
-    lines = [
-        f"Errors against the reference in fp64 ({min(row.batch, CHECK_BATCH)} molecules), times of "
-        f"{row.name}",
-        "",
-        "| | precision | outputs | against fp32 | gradients | against fp32 | time |",
-        "|" + " --- |" * 7,
-    ]
-    for entry in entries:
-        cells = [entry["contender"], entry["precision"]]
-        for kind in ("output", "grad"):
-            cells.append(f"{entry[kind]:.1e}" if kind in entry else "")
-            against = entry.get(f"{kind} against fp32")
-            cells.append("" if against is None else f"{against:.2g}×")
-        time = seconds(entry["median_s"]) if "median_s" in entry else ""
-        cells.append(entry.get("reason", time))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return {"row": row.as_dict(), "oracle_batch": small.batch, "modes": found}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,13 +95,12 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     row = Row("model", "step", options.batch, options.modes, options.model)
-    entries = accuracy(row, device)
     about = environment.describe(device, ["python", "benchmarks/accuracy.py", *sys.argv[1:]])
+    result = {"schema": SCHEMA, "about": about, **accuracy(row, device)}
     if options.json:
-        result = {"about": about, "row": row.as_dict(), "modes": entries}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(heading(about), table(row, entries), sep="\n\n")
-    return 1 if any(str(e.get("reason", "")).startswith("failed") for e in entries) else 0
+    print(heading(about), accuracy_table(result), sep="\n\n")
+    return 1 if any(str(e.get("reason", "")).startswith("failed") for e in result["modes"]) else 0
 
 
 if __name__ == "__main__":

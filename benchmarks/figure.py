@@ -1,4 +1,4 @@
-"""The figure of a result: step time against batch, ratios, memory, place under the roofline."""
+"""The figure of a result: times against batch, ratios, memory, place under the roofline."""
 
 from __future__ import annotations
 
@@ -24,33 +24,45 @@ STYLES = {"U0": "o-", "U1": "s-", "C1": "^--", "ours": "D-", "ours exact": "v--"
 GREY = "#444444"
 
 
+STEP = {"op": "model", "phase": "step", "model": "egnn", "times": "irregular", "num_modes": 2,
+        "precision": "fp32"}  # fmt: skip
+SAGE = STEP | {"model": "sage_attention_concat"}
+PROPAGATION = STEP | {"op": "propagation", "phase": "backward"}
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Four panels of the training step of the default model and precision; PNG or any other
-    format.
+    """Six panels: the training step of the default model, its propagation alone, and a second
+    model; PNG or any other format.
     """
-    entries = [entry for entry in result["rows"] if is_plotted(entry["row"])]
-    if not entries:
+    step, sage, propagation = (select(result, wanted) for wanted in (STEP, SAGE, PROPAGATION))
+    if not step:
         raise ValueError("draw: `result` must hold training steps of the egnn model, got none")
-    entries.sort(key=lambda entry: entry["row"]["batch"])
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7.4), layout="constrained")
-    draw_times(axes[0, 0], entries)
-    draw_ratios(axes[0, 1], entries)
-    draw_memory(axes[1, 0], entries)
-    draw_roofline(axes[1, 1], entries, result.get("ceilings"))
-    figure.suptitle("Training step, EGNN, M = 2, fp32, irregular times", fontsize=11, weight="bold")
-    about = heading(result["about"]).split("; ")
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7.6), layout="constrained")
+    draw_times(axes[0, 0], step, "training step, EGNN")
+    draw_ratios(axes[0, 1], step)
+    draw_memory(axes[0, 2], step)
+    draw_times(axes[1, 0], propagation, "propagation alone, forward + backward")
+    draw_law(axes[1, 0], propagation)
+    draw_times(axes[1, 1], sage, "training step, GraphSAGE, attention, concat")
+    draw_roofline(axes[1, 2], step, result.get("ceilings"))
+    figure.suptitle("M = 2, fp32, irregular times", fontsize=11, weight="bold")
+    about = heading(result["about"], result["rows"]).split("; ")
     figure.supxlabel(
         "\n".join(["; ".join(about[:2]), "; ".join(about[2:])]), fontsize=6, color=GREY
     )
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def is_plotted(row: dict[str, Any]) -> bool:
-    wanted = {"op": "model", "phase": "step", "model": "egnn", "times": "irregular",
-              "num_modes": 2, "precision": "fp32"}  # fmt: skip
-    return all(row[key] == value for key, value in wanted.items())
+def select(result: dict[str, Any], wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with these properties, by batch."""
+    found = [
+        entry
+        for entry in result["rows"]
+        if all(entry["row"][key] == value for key, value in wanted.items())
+    ]
+    return sorted(found, key=lambda entry: entry["row"]["batch"])
 
 
 def _series(
@@ -73,7 +85,8 @@ def _log_batch_axis(axis: Axes, entries: list[dict[str, Any]]) -> None:
     axis.grid(True, alpha=0.25)
 
 
-def draw_times(axis: Axes, entries: list[dict[str, Any]]) -> None:
+def draw_times(axis: Axes, entries: list[dict[str, Any]], title: str) -> None:
+    axis.set_visible(bool(entries))
     for name, colour in COLOURS.items():
         batches, found = _series(entries, name, "median_s")
         if not found:
@@ -92,8 +105,20 @@ def draw_times(axis: Axes, entries: list[dict[str, Any]]) -> None:
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_ylabel("ms, median and quartiles")
-    axis.set_title("time")
-    axis.legend(frameon=False)
+    axis.set_title(title)
+    if entries:
+        axis.legend(frameon=False)
+
+
+def draw_law(axis: Axes, entries: list[dict[str, Any]]) -> None:
+    """The cubic law of U0, through its first batch at which the union's writes prevail."""
+    batches, found = _series([e for e in entries if e["row"]["batch"] >= 50], "U0", "median_s")
+    if len(batches) < 2:
+        return
+    cubes = [1e3 * found[0]["median_s"] * (batch / batches[0]) ** 3 for batch in batches]
+    axis.plot(batches, cubes, ":", color=GREY, linewidth=1)
+    axis.annotate("batch³", (batches[-1], cubes[-1]), (0, -10), textcoords="offset points",
+                  ha="right", fontsize=8, color=GREY)  # fmt: skip
 
 
 def draw_ratios(axis: Axes, entries: list[dict[str, Any]]) -> None:
@@ -118,7 +143,7 @@ def draw_ratios(axis: Axes, entries: list[dict[str, Any]]) -> None:
     axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     axis.set_xticks(range(len(entries)), [str(entry["row"]["batch"]) for entry in entries])
     axis.set_xlabel("molecules per batch")
-    axis.set_title("speed against U1 (line)")
+    axis.set_title("its speed against U1 (line)")
     axis.legend(frameon=False)
 
 
@@ -132,7 +157,7 @@ def draw_memory(axis: Axes, entries: list[dict[str, Any]]) -> None:
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_ylabel("MB")
-    axis.set_title("peak memory of a step")
+    axis.set_title("its peak memory")
     axis.legend(frameon=False)
 
 
@@ -156,10 +181,11 @@ def draw_roofline(
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     axis.set_xlabel("flops per byte, both counted on U1 (larger dots: larger batches)")
     axis.set_ylabel("Gflop/s")
-    axis.set_title("roofline")
+    axis.set_title("its place under the roofline")
     axis.grid(True, alpha=0.25)
 
 

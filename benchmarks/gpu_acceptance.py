@@ -36,14 +36,13 @@ import torch
 
 from benchmarks import environment
 from benchmarks.accuracy import accuracy
-from benchmarks.accuracy import table as accuracy_table
 from benchmarks.agreement import Checker
 from benchmarks.baselines import c1
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.measure import Effort, measure
 from benchmarks.operations import make_task
 from benchmarks.registry import Row, contenders, gpu_core_rows, gpu_matrix_rows
-from benchmarks.report import heading, table
+from benchmarks.report import accuracy_table, heading, table
 from benchmarks.run import SCHEMA, failures, write
 from benchmarks.task import Unavailable
 
@@ -184,7 +183,6 @@ def run_core(result: dict[str, Any], device: torch.device, clock: Clock, dry: bo
     # The profiles and precision modes are cheap and must not fall to the time limit.
     guarded(result, "profiles", lambda: [profile_step(row, device) for row in profiled])
     guarded(result, "accuracy", lambda: accuracy(profiled[-1], device, rounds=effort.rounds))
-    result["accuracy_row"] = profiled[-1].as_dict()
     result["rows"] = measure_rows(rows, device, effort, clock)
 
 
@@ -275,8 +273,7 @@ def summary(result: dict[str, Any]) -> str:
         parts.append(ceilings_table(result["ceilings"]))
     parts += [profile_table(profile) for profile in result.get("profiles", [])]
     if "accuracy" in result:
-        row = Row(**{k: v for k, v in result["accuracy_row"].items() if k != "name"})
-        parts.append(accuracy_table(row, result["accuracy"]))
+        parts.append(accuracy_table(result["accuracy"]))
     for name, step in result.get("steps", {}).items():
         last = step["output"].strip().splitlines()[-1:] or [""]
         parts.append(f"- {name}: status {step['status']}, {step['seconds']} s: {last[0]}")

@@ -32,7 +32,7 @@ class Effort:
 
     rounds: int = 15
     seconds_each: float = 6.0
-    u0_limit_s: float = 240.0
+    u0_limit_s: float = 400.0
 
 
 QUICK = Effort(rounds=3, seconds_each=0.5, u0_limit_s=5.0)

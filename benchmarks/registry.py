@@ -132,8 +132,9 @@ def cpu_rows() -> list[Row]:
             row.num_modes, row.phase != "step", row.times != "irregular", row.model, row.batch,
         ),
     )  # fmt: skip
-    propagation = [Row("propagation", "backward", batch) for batch in (50, 100, 200)]
-    return propagation + rows + cpu_op_rows()
+    propagation = [Row("propagation", "backward", batch) for batch in (50, 100, 200, 10, 25)]
+    largest = [Row("propagation", "backward", 400)]  # minutes of U0, for the law it follows
+    return propagation + rows + cpu_op_rows() + largest
 
 
 def cpu_op_rows() -> list[Row]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 COLUMNS = (
@@ -35,15 +37,15 @@ README_ROWS = [
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a result file.
+    """Read a result file of run.py or accuracy.py.
 
     Raises:
         ValueError: it is none, or of another schema.
     """
     result: dict[str, Any] = json.loads(path.read_text())
-    if result.get("schema") != 1:
+    if result.get("schema") != SCHEMA:
         raise ValueError(
-            f"load: `path` must be a result of benchmarks/run.py (schema 1), got {path} with "
+            f"load: `path` must be a result of this version (schema {SCHEMA}), got {path} with "
             f"schema {result.get('schema')!r}; measure again"
         )
     return result
@@ -113,7 +115,8 @@ def _bandwidth(
     return f"{rate / 1e9:.3g} GB/s, {rate / ceilings['copy_bytes_per_s']:.0%} of a copy"
 
 
-def heading(about: dict[str, Any]) -> str:
+def heading(about: dict[str, Any], rows: Iterable[dict[str, Any]] = ()) -> str:
+    """Hardware, versions, commit and load of a result; rows may come from further commits."""
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
     commit = (about["commit"] or "unknown")[:12]
     if about["modified_files"]:
@@ -121,17 +124,22 @@ def heading(about: dict[str, Any]) -> str:
     where = f"{about['hardware']}"
     if about["device"] == "cpu":
         where += f", {about['threads']} thread(s) of {about['cores']} cores"
-    load = "/".join(str(x) for x in about["load_average"])
+    rows = list(rows)
+    others = {row["commit"] for row in rows if row.get("commit")} - {about["commit"]}
+    if others:
+        commit += ", some rows " + ", ".join(sorted(other[:12] for other in others))
+    loads = [row["load_average"][0] for row in rows if "load_average" in row]
+    loads = loads or [about["load_average"][0]]
     return (
-        f"{where}; Python {about['python']}, {versions}; commit {commit}; load average {load} at "
-        f"the start"
+        f"{where}; Python {about['python']}, {versions}; commit {commit}; load average "
+        f"{min(loads)} to {max(loads)}"
     )
 
 
 def table(result: dict[str, Any]) -> str:
     """All rows and contenders as markdown: time, ratios, memory, operations, agreement."""
     lines = [
-        heading(result["about"]),
+        heading(result["about"], result["rows"]),
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + " --- |" * len(COLUMNS),
@@ -152,19 +160,43 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def accuracy_table(result: dict[str, Any]) -> str:
+    """Error of every precision and solver mode beside its time, from a result of accuracy.py."""
+    lines = [
+        f"Errors against the reference in fp64 ({result['oracle_batch']} molecules), times of "
+        f"{result['row']['name']}:",
+        "",
+        "| | precision | outputs | against fp32 | gradients | against fp32 | time |",
+        "|" + " --- |" * 7,
+    ]
+    for entry in result["modes"]:
+        cells = [entry["contender"], entry["precision"]]
+        for kind in ("output", "grad"):
+            cells.append(f"{entry[kind]:.1e}" if kind in entry else "")
+            against = entry.get(f"{kind} against fp32")
+            cells.append("" if against is None else f"{against:.2g}×")
+        time = seconds(entry["median_s"]) if "median_s" in entry else ""
+        cells.append(entry.get("reason", time))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def readme_section(results: list[dict[str, Any]]) -> str:
-    """The README's tables: one per result file, README_ROWS only."""
+    """The README's tables: one per result file; of times, README_ROWS only."""
     parts = [
         "Medians of one run each; U0 is the published algorithm, U1 the same without the union "
         "of all molecules' times, C1 U1 under `torch.compile`. `benchmarks/results/` has "
         "quartiles, memory, agreement and every other row."
     ]
     for result in results:
+        if "modes" in result:
+            parts += ["", heading(result["about"]), "", accuracy_table(result)]
+            continue
         rows = {entry["row"]["name"]: entry for entry in result["rows"]}
         chosen = [rows[name] for name in README_ROWS if name in rows]
         if not chosen:
             continue
-        parts += ["", heading(result["about"]), ""]
+        parts += ["", heading(result["about"], result["rows"]), ""]
         parts += ["| | U0 | U1 | C1 | ours | against U0 | U1 | C1 |", "|" + " --- |" * 8]
         for entry in chosen:
             cells = [entry["row"]["name"]]

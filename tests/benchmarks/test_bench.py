@@ -13,10 +13,12 @@ import torch
 
 from benchmarks import gpu_acceptance, report, run
 from benchmarks import measure as measuring
+from benchmarks.accuracy import accuracy
 from benchmarks.agreement import Checker, Disagreement, compare, require
 from benchmarks.baselines import c1
 from benchmarks.compare import changes
 from benchmarks.compare import main as compare_files
+from benchmarks.figure import draw
 from benchmarks.measure import Effort, measure
 from benchmarks.operations import make_task
 from benchmarks.registry import (
@@ -138,6 +140,40 @@ def test_a_result_names_where_it_was_measured(result: dict) -> None:
 def test_time_that_is_up_is_reported() -> None:
     found = run.measure_all([SMALL], CPU, FAST, -1.0, ["test"])
     assert all(c["status"] == "skipped" for c in found["rows"][0]["contenders"].values())
+
+
+def test_an_update_keeps_the_rows_it_does_not_measure(result: dict) -> None:
+    earlier = json.loads(json.dumps(result))
+    earlier["rows"][0]["commit"] = "0" * 40
+    found = run.measure_all([SMALL], CPU, FAST, -1.0, ["test"], earlier=earlier)
+    assert found["rows"] == earlier["rows"]
+    assert "some rows 000000000000" in report.heading(found["about"], found["rows"])
+    run.put(found, {"row": SMALL.as_dict(), "contenders": {}, "ratios": {}})
+    assert len(found["rows"]) == 2
+    assert found["rows"][0]["commit"] == found["about"]["commit"]
+    earlier["about"]["hardware"] = "another machine"
+    with pytest.raises(ValueError, match="must continue a result of the same machine"):
+        run.measure_all([SMALL], CPU, FAST, -1.0, ["test"], earlier=earlier)
+
+
+def test_accuracy_stands_beside_the_time(result: dict) -> None:
+    found = accuracy(replace(SMALL, op="model", phase="step"), CPU, rounds=1)
+    modes = {(e["contender"], e["precision"]): e for e in found["modes"]}
+    assert modes["ours", "fp32"]["output against fp32"] < 20
+    assert "needs a CUDA device" in modes["U1", "tf32"]["reason"]
+    text = report.readme_section([result | found])
+    assert "| ours exact | fp32 |" in text
+
+
+def test_the_figure_is_drawn(result: dict, tmp_path: Path) -> None:
+    drawn = json.loads(json.dumps(result))
+    for batch in (2, 50, 100):
+        for op, phase in (("model", "step"), ("propagation", "backward")):
+            row = Row(op, phase, batch)
+            drawn["rows"].append(result["rows"][0] | {"row": row.as_dict()})
+    path = tmp_path / "figure.png"
+    draw(drawn, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_compare_finds_regressions(result: dict, tmp_path: Path) -> None:
