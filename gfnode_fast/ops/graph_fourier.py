@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gfnode_fast.ops import graph_fourier_registered  # noqa: F401 - registers the operators
 from gfnode_fast.ops.dispatch import choose_backend
+from gfnode_fast.ops.graph_fourier_registered import too_many_modes
 from gfnode_fast.ops.graph_fourier_torch import project, synthesise
 
 ACTIVATIONS = (None, "silu")
@@ -40,8 +40,8 @@ def graph_fourier(
         ptr: (B+1,) int64, ascending from 0 to ΣN, on the signal's device: molecule b owns the atoms
             ptr[b] ... ptr[b+1]-1. Its values are checked on the CPU only: reading them from a GPU
             would wait for it.
-        backend: "torch", "triton", or "auto", which is "torch" as long as the Triton kernels have
-            not run on hardware.
+        backend: "torch", "triton", or "auto", which is "triton" on GPUs on whose family the kernels
+            have passed (`dispatch.verified_gpus`), else "torch".
 
     Returns:
         (B, M, C), contiguous.
@@ -55,8 +55,9 @@ def graph_fourier(
         differentiable any number of times; otherwise twice with respect to the signal, once with
         respect to the eigenvectors. The torch path with `ptr` reads `ptr` on the host.
     """
-    backend, _ = choose_backend("graph_fourier", backend)
     _check_eigvecs("graph_fourier", eigvecs, num_modes, ptr)
+    unserved = too_many_modes(num_modes)
+    backend, _ = choose_backend("graph_fourier", backend, eigvecs.device, unserved=unserved)
     if ptr is None:
         matches = signal.dim() == 3 and signal.shape[:2] == eigvecs.shape[:2]
         _check_like("graph_fourier", "signal", signal, "(B, N, C)", matches, eigvecs)
@@ -107,7 +108,6 @@ def inverse_graph_fourier(
         Deterministic. Once differentiable. Backward forms the argument of the activation again.
     """
     op = "inverse_graph_fourier"
-    backend, _ = choose_backend(op, backend)
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"{op}: `activation` must be None or 'silu', got {activation!r}; apply others to the "
@@ -118,6 +118,8 @@ def inverse_graph_fourier(
             f"{op}: `modes` must be (T, B, M, C), got {tuple(modes.shape)}; reshape it"
         )
     _check_eigvecs(op, eigvecs, modes.shape[2], ptr)
+    unserved = too_many_modes(modes.shape[2])
+    backend, _ = choose_backend(op, backend, eigvecs.device, unserved=unserved)
     batch = eigvecs.shape[0] if ptr is None else ptr.shape[0] - 1
     _check_like(op, "modes", modes, f"(T, {batch}, M, C)", modes.shape[1] == batch, eigvecs)
     channels = modes.shape[3]

@@ -35,6 +35,13 @@ def _check_offsets(op: str, ptr: Tensor | None, total: int, eigvecs: Tensor) -> 
         )
 
 
+def too_many_modes(num_modes: int) -> str | None:
+    """Why the Triton kernels do not serve that many modes, or None."""
+    if num_modes <= LARGEST_TRITON_M:
+        return None
+    return f"the Triton kernels serve at most {LARGEST_TRITON_M} modes, not {num_modes}"
+
+
 def _uses_triton(op: str, backend: str, tensor: Tensor, num_modes: int) -> bool:
     if backend != "triton":
         return False

@@ -120,8 +120,8 @@ def mode_rhs(module: ModeRHS, s: Tensor | None, y: Tensor, *, backend: str = "au
         s: 0-dim normalised time; None where `module.time_mode` is "none".
         y: (M, R, C) modes of R rows, dtype and device of the parameters.
         backend: "torch", "triton" (fp32 and fp64, C <= 64, products of constant matrices taken
-            together), or "auto", which is "torch" as long as the Triton kernels have not run on
-            hardware.
+            together), or "auto", which is "triton" where it serves and has passed on this family of
+            GPU (`dispatch.verified_gpus`), else "torch".
 
     Returns:
         (M, R, C).
@@ -135,7 +135,6 @@ def mode_rhs(module: ModeRHS, s: Tensor | None, y: Tensor, *, backend: str = "au
         Deterministic. Torch is differentiable any number of times, Triton once, in y, the
         parameters and, through the embedding, s.
     """
-    backend, _ = choose_backend("mode_rhs", backend)
     modes, _, channels = module.weights1.shape
     if y.dim() != 3 or y.shape[0] != modes or y.shape[2] != channels:
         raise ValueError(
@@ -159,6 +158,9 @@ def mode_rhs(module: ModeRHS, s: Tensor | None, y: Tensor, *, backend: str = "au
             f"mode_rhs: `s` must be {wanted} with time_mode={module.time_mode!r}, got {got}; pass "
             "the time that the embedding takes"
         )
+    backend, _ = choose_backend(
+        "mode_rhs", backend, y.device, unserved=on_triton.unserved_by_triton(y)
+    )
     rows = y.transpose(0, 1)
     if backend == "torch":
         time = y.new_zeros(()) if s is None else s

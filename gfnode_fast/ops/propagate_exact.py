@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.ops.dispatch import choose_backend, require_triton
+from gfnode_fast.ops.mode_rhs_registered import unserved_by_triton
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.solvers.exact import (
     MAX_DEGREE,
@@ -45,8 +46,8 @@ def propagate_exact(
         weight: W (M, C, C), dtype and device of y0; y is multiplied from the left.
         times: (B, T) normalised times > 0, floating point.
         slope: b (M, C), or None for linear dynamics.
-        backend: "torch", "triton" (fp32 and fp64, C <= 64), or "auto", which is "torch" as long as
-            the Triton kernels have not run on hardware.
+        backend: "torch", "triton" (fp32 and fp64, C <= 64), or "auto", which is "triton" where
+            it serves and has passed on this family of GPU (`dispatch.verified_gpus`), else "torch".
 
     Returns:
         Values (T, B, M, D, C), and a status (B,) int32: 0, or 1 for a molecule with a value that is
@@ -67,8 +68,10 @@ def propagate_exact(
         molecule's values do not depend on its batch mates, bit for bit, and no launch waits for the
         host.
     """
-    backend, _ = choose_backend("propagate_exact", backend)
     check_linear("propagate_exact", y0, weight, times, slope)
+    backend, _ = choose_backend(
+        "propagate_exact", backend, y0.device, unserved=unserved_by_triton(y0)
+    )
     if backend == "torch":
         status = torch.zeros(len(times), dtype=torch.int32, device=y0.device)
         if y0.numel() == 0 or times.numel() == 0:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.ops.dispatch import choose_backend, require_triton
+from gfnode_fast.ops.mode_rhs_registered import unserved_by_triton
 from gfnode_fast.ops.propagate_exact import check_linear, check_triton, no_values
 from gfnode_fast.solvers.control import TINY_NORM, TINY_STEP
 from gfnode_fast.solvers.errors import SolverError
@@ -49,8 +50,8 @@ def propagate_joint(
         rtol, atol: tolerances; the error norm is the RMS over the whole batch state.
         max_attempts: Triton: how many step attempts are launched. Those after the end cost a launch
             each; a solve that needs more is reported in the status.
-        backend: "torch", "triton" (fp32 and fp64, C <= 64), or "auto", which is "torch" as long as
-            the Triton kernels have not run on hardware.
+        backend: "torch", "triton" (fp32 and fp64, C <= 64), or "auto", which is "triton" where
+            it serves and has passed on this family of GPU (`dispatch.verified_gpus`), else "torch".
 
     Returns:
         Values (T, B, M, D, C), and a status, 0-dim int32: 1 where the solve arrived; 0 needs more
@@ -70,13 +71,16 @@ def propagate_joint(
         that its step sizes agree to about 1e-7 only.
     """
     op = "propagate_joint"
-    backend, _ = choose_backend(op, backend)
     check_linear(op, y0, weight, times, None)
     if solver not in ADAPTIVE:
         raise ValueError(
             f"{op}: `solver` must be one of {', '.join(ADAPTIVE)}, got {solver!r}; choose an "
             "adaptive method"
         )
+    unserved = unserved_by_triton(y0)
+    if solver not in FSAL:
+        unserved = f"the Triton kernels serve {', '.join(FSAL)}, not {solver}"
+    backend, _ = choose_backend(op, backend, y0.device, unserved=unserved)
     if backend == "torch":
         return _on_torch(y0, weight, times, ADAPTIVE[solver], rtol, atol)
     check_triton(op, y0)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.kernels import graph_fourier_launch as kernels
-from gfnode_fast.ops.dispatch import choose_backend
 from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
 from op_checks import (
     BACKENDS,
@@ -505,12 +504,6 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         graph_fourier(**arguments)
-
-
-def test_auto_says_what_it_chose_and_why() -> None:
-    backend, reason = choose_backend("graph_fourier", "auto")
-    assert backend == "torch"
-    assert "not yet run on hardware" in reason
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
