@@ -10,6 +10,8 @@ from typing import Any
 
 from gfnode_fast._extension import binary_info, build_record, why_no_extension
 from gfnode_fast._version import __version__
+from gfnode_fast.ops.dispatch import verified_gpus
+from gfnode_fast.ops.graph_layers_cpp import why_not_compiled
 
 PACKAGES = (
     "torch",
@@ -40,8 +42,10 @@ def info() -> dict[str, Any]:
         devices: `cpu` with its cores and torch's threads; `cuda` with `available`, `why_not`,
             `toolkit` (torch's) and per device name, compute capability, memory in bytes and
             number of multiprocessors.
-        backends: name → `available`, `why_not`; "cpp" serves graph layers.
-        auto: what "auto" takes, and why.
+        backends: of FourierMD: name → `available`, `why_not`.
+        auto: what backend="auto" takes, and why; `FourierMD` is what GFNODE_BACKEND in the
+            environment makes of it (a model's own `backend_report` tells all its parts).
+        verified_gpus: GPU families on which the Triton kernels have passed → the committed result.
         solvers: the methods solved here, and those left to torchdiffeq with the published costs.
         extension: `available`, `why_not`, `build` (what the installation asked for, built, and why
             no more) and `binary` (what the loaded binary says of itself).
@@ -57,6 +61,7 @@ def info() -> dict[str, Any]:
         "devices": {"cpu": _cpu(), "cuda": _cuda()},
         "backends": _backends(),
         "auto": _chosen(),
+        "verified_gpus": dict(verified_gpus()),
         "solvers": _solvers(),
         "extension": _extension(),
     }
@@ -116,33 +121,39 @@ def _why_no_triton() -> str | None:
 
 
 def _backends() -> dict[str, dict[str, Any]]:
-    from gfnode_fast.nn.fourier_md import BACKENDS
-    from gfnode_fast.ops.dispatch import choose_backend
+    from gfnode_fast.nn.backends import BACKENDS
 
-    unproven = f"not a backend of FourierMD: {choose_backend('info', 'auto')[1]}"
-    triton = _why_no_triton()
-    problems = dict.fromkeys(name for name in BACKENDS if name != "auto")
-    return {name: _availability(problem) for name, problem in problems.items()} | {
-        "cpp": _availability(why_no_extension()),
-        "triton": _availability(f"{unproven}; besides, {triton}" if triton else unproven),
-    }
+    problems: dict[str, str | None] = dict.fromkeys(name for name in BACKENDS if name != "auto")
+    problems |= {"cpp": why_not_compiled(), "triton": _why_no_triton()}
+    return {name: _availability(problem) for name, problem in problems.items()}
 
 
 def _chosen() -> dict[str, dict[str, str]]:
-    from gfnode_fast.nn.fourier_md import choose_backend
-    from gfnode_fast.ops.dispatch import choose_backend as choose_op_backend
+    import torch
 
-    model, model_reason = choose_backend("auto")
-    transforms, transforms_reason = choose_op_backend("info", "auto")
-    problem = why_no_extension()
-    return {
-        "FourierMD": {"backend": model, "reason": model_reason},
-        "graph layers": {
-            "backend": "torch" if problem else "cpp",
-            "reason": problem or "on the CPU in float32 with SiLU or Tanh, else torch",
+    from gfnode_fast.nn.backends import ENVIRONMENT_VARIABLE, requested_backend
+    from gfnode_fast.ops.dispatch import choose_automatically
+
+    try:
+        asked = requested_backend("auto")
+        model = {"backend": asked.backend, "reason": asked.reason}
+    except ValueError as error:
+        model = {"backend": os.environ[ENVIRONMENT_VARIABLE], "reason": str(error)}
+    problem = why_not_compiled()
+    layers = ("torch", problem) if problem else ("cpp", "in float32 with SiLU or Tanh, else torch")
+    chosen = {
+        "FourierMD": model,
+        "graph layers on the CPU": {"backend": layers[0], "reason": layers[1]},
+        "transforms and solves on the CPU": {
+            "backend": "torch",
+            "reason": "Triton kernels are for GPUs",
         },
-        "graph Fourier transforms": {"backend": transforms, "reason": transforms_reason},
     }
+    devices = 0 if _why_no_cuda() else torch.cuda.device_count()
+    for index in range(devices):
+        backend, reason = choose_automatically(torch.device("cuda", index))
+        chosen[f"on cuda:{index}"] = {"backend": backend, "reason": reason}
+    return chosen
 
 
 def _solvers() -> dict[str, list[str]]:

@@ -45,9 +45,21 @@ def test_what_auto_takes_is_said() -> None:
     described = info()
     assert set(described["backends"]) == {"torch", "compiled", "reference", "cpp", "triton"}
     for choice in described["auto"].values():
-        assert choice["backend"] in described["backends"]
+        assert choice["backend"] in {"auto", *described["backends"]}
         assert choice["reason"]
-    assert described["auto"]["FourierMD"]["backend"] == "torch"
+    assert described["auto"]["FourierMD"]["backend"] == "auto"
+
+
+def test_environment_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GFNODE_BACKEND", "torch")
+    assert info()["auto"]["FourierMD"] == {
+        "backend": "torch",
+        "reason": "GFNODE_BACKEND in the environment",
+    }
+    monkeypatch.setenv("GFNODE_BACKEND", "fast")
+    chosen = info()["auto"]["FourierMD"]
+    assert chosen["backend"] == "fast"
+    assert "`GFNODE_BACKEND` must be one of" in chosen["reason"]
 
 
 def test_solvers_left_to_torchdiffeq_are_named() -> None:

@@ -278,11 +278,3 @@ def test_isolated_atoms_and_no_edges() -> None:
     given |= {"edge_index": (empty, empty), "edge_fea": torch.zeros(0, 3)}
     x = run(model, given)[0]
     x.sum().backward()
-
-
-def test_backend_is_chosen_once_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="gfnode_fast"):
-        model = gfnode_fast.FourierMD(**constructor())
-    assert model.backend == "torch"
-    assert model.backend_reason in caplog.text
-    assert gfnode_fast.FourierMD(**constructor(), backend="reference").backend_reason == "requested"

@@ -153,7 +153,7 @@ def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`backend` must be .* got 'cuda'"):
         gfnode_fast.FourierMD(**constructor(), backend="cuda")
     with pytest.raises(TypeError, match="`backend`"):
-        gfnode_fast.FourierMD(**constructor(), backend=None)
+        gfnode_fast.FourierMD(**constructor(), backend=1)
 
 
 def test_positional_arguments_and_other_activations() -> None:

@@ -12,17 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from gfnode_fast import reference
+from gfnode_fast.nn.backends import (
+    COORDINATES,
+    DECODER,
+    ENCODER,
+    FEATURES,
+    BackendReport,
+    Part,
+    Request,
+    check_request,
+    choose_parts,
+    requested_backend,
+)
 from gfnode_fast.nn.graph_layers import apply_layer
-from gfnode_fast.ops.compiled_solve import check_compilable
-from gfnode_fast.ops.propagate import CHAOTIC_TIME_MODES, check_mode_of, propagate
+from gfnode_fast.ops.graph_layers_torch import State
+from gfnode_fast.ops.propagate import check_mode_of, propagate
+from gfnode_fast.ops.propagate_registered import propagate_opaque
 from gfnode_fast.ops.topology import topology
-from gfnode_fast.reference.checks import check_choice, describe, refuse
+from gfnode_fast.reference.checks import describe, refuse
 from gfnode_fast.solvers.mode import SolverMode
 from gfnode_fast.solvers.stats import SolveStats
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "torch", "compiled", "reference")
 PUBLISHED_SIGNATURE = inspect.signature(reference.FourierMD)
 
 
@@ -30,70 +42,123 @@ class FourierMD(reference.FourierMD):
     """Drop-in for the published `FourierMD`: the same arguments, state_dict, outputs and gradients.
 
     Args:
-        backend: "torch" solves at every molecule's own times, linear in the batch; "compiled" does
-            the same in graphs of torch.compile, made at the first use (which can take minutes;
-            see `solvers.compiled`); "reference" is the published algorithm with its costs; "auto"
-            chooses once, never "compiled", and says why (`backend_reason`, and in the log). A
-            request that cannot be served raises. Keyword only, like every argument beyond the
-            published ones, which are documented at `gfnode_fast.reference.FourierMD` and may be
-            given by position.
+        backend: who computes. Keyword only, like every argument beyond the published ones, which
+            are documented at `gfnode_fast.reference.FourierMD` and may be given by position.
+
+            "auto", the default (and None): per part what measured best on the device, unless the
+            environment variable GFNODE_BACKEND names one of the others.
+            "torch": PyTorch alone, linear in the batch.
+            "cpp": graph layers by the C++ kernels (CPU, float32, SiLU or Tanh), solves by PyTorch.
+            "triton": layers, transforms and solves by Triton kernels, on a GPU.
+            "compiled": as "auto", but solves in graphs of torch.compile, made at the first use
+            (which can take minutes; see `solvers.compiled`).
+            "reference": the published algorithm with its costs.
+
+            A request that cannot be served raises, here or, where it depends on the tensors'
+            device and dtype, at the first use. It never falls back.
+        precision: of the graph layers' matrix products: "fp32"; "tf32" and "bf16" need the Triton
+            kernels, hence a GPU.
         recompute: keep only node states of the graph layers for backward and compute their edge
             quantities again there: slower, with less memory. No effect with backend="reference".
         solver_mode: how steps are chosen (`gfnode_fast.solvers`). "joint", the published solver's
             steps for the whole batch; "per_molecule", adaptive steps of each molecule's own, so
             that an answer does not depend on batch mates; "exact", no solver at all, where modes do
-            not interact; `fixed(step_size)`, uniform steps with a fixed-step `solver`. All but
-            "joint" need backend "auto" or "torch".
+            not interact; `fixed(step_size)`, uniform steps with a fixed-step `solver`.
 
     Attributes:
+        backend, backend_reason: what was asked for, GFNODE_BACKEND included, and how;
+            `backend_report` says what runs.
         last_solve: evaluations and steps of the last forward pass, per propagator; zeros with
-            backend="reference".
+            backend="reference" and in graphs of torch.compile.
 
     Notes:
-        But for backend="reference", graph layers take the C++ kernels where these serve (CPU,
-        float32, SiLU or Tanh) and PyTorch elsewhere; `gfnode_fast.info()["auto"]` says which.
-        Under torch.autocast the graph layers are the reference's, whose linears autocast casts;
-        transforms and the solve keep the model's precision.
+        With time_mode posenc or rope the encoder is the reference's, bit for bit: the published
+        steps follow its rounding. Under torch.autocast the graph layers are the reference's, whose
+        linears autocast casts; transforms and the solve keep the model's precision.
+
+        torch.compile(model) gives one graph: in it the propagation is one operator, whose backward
+        solves again, and the times are checked where they are used. With backend="compiled" the
+        graph is split around each solve.
 
     Raises:
-        TypeError, ValueError: an argument with which the published model crashes, or a
-            `solver_mode` that conflicts with the others; the message names it.
+        TypeError, ValueError: an argument with which the published model crashes, or that
+            conflicts with the others; the message names it.
+        RuntimeError: a backend that is not there.
     """
 
     def __init__(
         self,
         *args: Any,
-        backend: str = "auto",
+        backend: str | None = "auto",
+        precision: str = "fp32",
         solver_mode: SolverMode = "joint",
         recompute: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_choice("backend", backend, BACKENDS)
+        request = requested_backend(backend)
         super().__init__(*args, **kwargs)
         if not isinstance(recompute, bool):
             refuse(TypeError, "recompute", "a bool", describe(recompute), "pass True or False")
-        self.requested_backend = backend
         self.recompute = recompute
-        self.backend, self.backend_reason = choose_backend(backend)
+        self.backend, self.backend_reason = request.backend, request.reason
+        self.precision = precision
         check_mode_of("FourierMD", solver_mode, self.freq_conv.t_conv, self.backend)
         self.solver_mode = solver_mode
-        if self.backend == "compiled":
-            check_compilable(self.freq_conv.t_conv)
+        check_request(self._request())
         self.last_solve = {"freq_conv": SolveStats(), "freq_conv_x": SolveStats()}
-        if backend == "auto":
-            logger.info("FourierMD: backend %s: %s", self.backend, self.backend_reason)
+        self._chosen: dict[tuple[object, ...], dict[str, Part]] = {}
+        self._parts()
+
+    def backend_report(self) -> BackendReport:
+        """What runs in each part on the parameters' device, and why.
+
+        Notes:
+            This is what `forward` consults; a request that the device cannot serve is reported as
+            asked, and raises in `forward`.
+        """
+        weight = self.embedding.weight
+        return BackendReport(
+            requested=Part(self.backend, self.backend_reason),
+            precision=self.precision,
+            device=str(weight.device),
+            dtype=str(weight.dtype),
+            parts=dict(self._parts()),
+        )
+
+    def _request(self) -> Request:
+        return Request(
+            backend=Part(self.backend, self.backend_reason),
+            precision=self.precision,
+            solver_mode=self.solver_mode,
+            activation=nn.Tanh() if self.flat else self.activation,
+            basis=self.fourier_basis,
+            solves={
+                FEATURES: self.freq_conv.t_conv if self.propagate_h else None,
+                COORDINATES: self.freq_conv_x.t_conv if self.propagate_x else None,
+            },
+        )
+
+    def _parts(self) -> dict[str, Part]:
+        """The choice for the parameters' device and dtype; made once for each, and logged."""
+        weight = self.embedding.weight
+        autocast = _is_autocast(weight.device)
+        key = (weight.device, weight.dtype, autocast, self.solver_mode)
+        parts = self._chosen.get(key)
+        if parts is None:
+            parts = choose_parts(self._request(), weight.device, weight.dtype, autocast)
+            self._chosen[key] = parts
+            if self.backend == "auto" and not torch.compiler.is_compiling():
+                logger.info("FourierMD: %s", self.backend_report())
+        return parts
 
     def _encode(
         self, x: Tensor, v: Tensor, h: Tensor, row: Tensor, col: Tensor, edge_fea: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # With a rapidly oscillating time embedding the published step control is chaotic
-        # (solvers/published.py): a rounding difference in the encoded state changes the steps, and
-        # with them the output beyond any tolerance. There the encoder is the reference's, bit for
-        # bit; nothing after the solve is amplified.
-        chaotic = self.fourier_basis != "linear" and self.time_mode in CHAOTIC_TIME_MODES
-        if self._takes_reference_layers(x) or chaotic:
+        backend = self._layer_backend(ENCODER, x.device)
+        if backend == "reference":
             return super()._encode(x, v, h, row, col, edge_fea)
-        return self._run_layers(self.encode_layers, x, v, self.embedding(h), row, col, edge_fea, 1)
+        state = (x, v, self.embedding(h))
+        return self._run_layers(self.encode_layers, backend, state, row, col, edge_fea, 1)
 
     def _decode(
         self,
@@ -105,54 +170,76 @@ class FourierMD(reference.FourierMD):
         edge_fea: Tensor,
         num_copies: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self._takes_reference_layers(x):
+        backend = self._layer_backend(DECODER, x.device)
+        if backend == "reference":
             return super()._decode(x, v, h, row, col, edge_fea, num_copies)
-        return self._run_layers(self.decode_layers, x, v, h, row, col, edge_fea, num_copies)
+        state = (x, v, h)
+        return self._run_layers(self.decode_layers, backend, state, row, col, edge_fea, num_copies)
 
-    def _takes_reference_layers(self, x: Tensor) -> bool:
-        return self.backend == "reference" or torch.is_autocast_enabled(x.device.type)
+    def _layer_backend(self, part: str, device: torch.device) -> str:
+        backend = self._parts()[part].backend
+        if backend in ("cpp", "triton") and _is_autocast(device):
+            refuse(
+                TypeError,
+                "backend",
+                "'auto', 'torch' or 'reference' under torch.autocast",
+                repr(backend),
+                "leave autocast; backend='triton' has precision='bf16' of its own",
+            )
+        return backend
 
     def _run_layers(
         self,
         layers: nn.ModuleList,
-        x: Tensor,
-        v: Tensor,
-        h: Tensor,
+        backend: str,
+        state: State,
         row: Tensor,
         col: Tensor,
         edge_fea: Tensor,
         num_copies: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        edges = topology(row, col, x.shape[0] // num_copies)
-        state = (x, v, h)
+    ) -> State:
+        edges = topology(row, col, state[0].shape[0] // num_copies)
         for layer in layers:
-            state = apply_layer(layer, state, edges, edge_fea, recompute=self.recompute)
+            state = apply_layer(
+                layer,
+                state,
+                edges,
+                edge_fea,
+                recompute=self.recompute,
+                backend=backend,
+                precision=self.precision,
+            )
         return state
 
     def _propagated(
         self, propagator: reference.Propagator, signal: Tensor, s: Tensor, eigvecs: Tensor | None
     ) -> Tensor:
-        if self.backend == "reference":
-            return super()._propagated(propagator, signal, s, eigvecs)
-        stats = self.last_solve["freq_conv" if propagator is self.freq_conv else "freq_conv_x"]
+        is_features = propagator is self.freq_conv
+        backend = self._parts()[FEATURES if is_features else COORDINATES].backend
+        stats = self.last_solve["freq_conv" if is_features else "freq_conv_x"]
         stats.reset()
+        is_opaque = torch.compiler.is_compiling() and backend in ("torch", "reference")
+        if backend == "reference" and not is_opaque:
+            return super()._propagated(propagator, signal, s, eigvecs)
         with torch.autocast(signal.device.type, enabled=False):
+            signal = signal.to(self.embedding.weight.dtype)
+            if is_opaque:
+                return propagate_opaque(
+                    propagator, signal, s, eigvecs, solver_mode=self.solver_mode, backend=backend
+                )
             return propagate(
                 propagator,
-                signal.to(self.embedding.weight.dtype),
+                signal,
                 s,
                 eigvecs,
                 stats,
-                backend=self.backend,
+                backend=backend,
                 solver_mode=self.solver_mode,
             )
 
 
-def choose_backend(requested: str) -> tuple[str, str]:
-    """The backend that will run and the reason."""
-    if requested == "auto":
-        return "torch", "linear in the batch, with the published solver's steps"
-    return requested, "requested"
+def _is_autocast(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _signature_with_extras() -> inspect.Signature:

@@ -18,6 +18,7 @@ def apply_layer(
     *,
     recompute: bool,
     backend: str = "auto",
+    precision: str = "fp32",
 ) -> State:
     """One layer on T copies of the graph, state (T*n, ...)."""
     if isinstance(layer, EGNNLayer):
@@ -35,12 +36,20 @@ def apply_layer(
             norm=layer.norm,
             recompute=recompute,
             backend=backend,
+            precision=precision,
         )
     assert isinstance(layer, SAGELayer | GCNLayer)
     mean = MeanWeights(_weights(layer.edge_mlp), _weights(layer.node_mlp))
     op = gcn_layer if isinstance(layer, GCNLayer) else sage_layer
     return op(
-        *state, edges, edge_fea, mean, layer.edge_mlp.mlp[1], recompute=recompute, backend=backend
+        *state,
+        edges,
+        edge_fea,
+        mean,
+        layer.edge_mlp.mlp[1],
+        recompute=recompute,
+        backend=backend,
+        precision=precision,
     )
 
 
