@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,4 +50,13 @@ def check_step(solver: str, time: float, step: float) -> None:
             time=time,
             step=step,
             rows=[],
+        )
+
+
+def check_times(op: str, first: float, last: float) -> None:
+    """Raise ValueError unless the smallest and the largest output time are positive and finite."""
+    if not 0 < first <= last < math.inf:
+        raise ValueError(
+            f"{op}: `times` must be positive and finite, got {first:g} ... {last:g}; time 0 is "
+            "the given state"
         )

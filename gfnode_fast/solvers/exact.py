@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gfnode_fast.solvers.errors import SolverError, check_state
+from gfnode_fast.solvers import powers
+from gfnode_fast.solvers.errors import SolverError, check_state, check_times
 from gfnode_fast.solvers.forced import forced_response
 from gfnode_fast.solvers.rhs import LinearRHS, RightHandSide
 from gfnode_fast.solvers.stage import flat
@@ -102,11 +103,7 @@ def _make_plan(
     if slope is not None:
         measured.append(slope.detach().abs().amax())
     norm, start, first, last, *force = torch.stack([m.double() for m in measured]).tolist()
-    if not 0 < first <= last < math.inf:
-        raise ValueError(
-            f"exact: `times` must be positive and finite, got {first:g} ... {last:g}; time 0 is "
-            "the given state"
-        )
+    check_times("exact", first, last)
     if not math.isfinite(start):
         check_state("exact", rows, 0.0, 0.0, components)
     if not all(map(math.isfinite, (norm, *force))):
@@ -167,31 +164,14 @@ def _end_weights(plan: _Plan, like: Tensor) -> Tensor:
     return _taylor_weights(like.new_ones((), dtype=torch.float64), plan.degree).to(like.dtype)
 
 
-def _by_mode(rows: Tensor) -> Tensor:
-    """(R, M, C) → (M, R, C), a view that a batched product takes as it is."""
-    return rows.transpose(0, 1)
-
-
 def _derivatives(
     plan: _Plan, step: int, state: Tensor, weight: Tensor, slope: Tensor | None
 ) -> Tensor:
     """P (K+1, R, M, C) at a step's start."""
     buffer = state.new_empty(plan.degree + 1, *state.shape)
     buffer[0] = state
-    for k in range(plan.degree):
-        torch.bmm(_by_mode(buffer[k]), weight, out=_by_mode(buffer[k + 1]))
-        if slope is not None and k < 2:
-            buffer[k + 1].add_(slope, alpha=step if k == 0 else 1)
+    powers.fill(buffer, weight, slope, step)
     return buffer
-
-
-def _advance(plan: _Plan, buffer: Tensor) -> Tensor:
-    """State (R, M, C) at a step's end."""
-    used = flat(buffer)
-    end = torch.mv(used.t(), _end_weights(plan, used))
-    if buffer.is_complex():
-        return torch.view_as_complex(end.view(*buffer.shape[1:], 2))
-    return end.view(buffer.shape[1:])
 
 
 def _drop_arrived(state: Tensor, times: Tensor, step: int) -> Tensor:
@@ -237,14 +217,14 @@ class _ExactSolve(torch.autograd.Function):
             buffer = _derivatives(plan, step, starts[-1], weight, slope)
             if plan.may_overflow:
                 _check_finite(plan, buffer, batch, step)
-            by_molecule = flat(buffer).view(len(buffer), batch, -1).transpose(0, 1)
+            by_molecule = powers.by_molecule(buffer, batch)
             reading = _reading_weights(plan, times, step, by_molecule.dtype)
             if step == 0:
                 values = torch.bmm(reading, by_molecule)
             else:
                 values.baddbmm_(reading, by_molecule)
             if step + 1 < plan.num_steps:
-                starts.append(_advance(plan, buffer))
+                starts.append(powers.combine(buffer, _end_weights(plan, by_molecule)))
         ctx.plan, ctx.has_slope = plan, slope is not None
         forced = () if slope is None else (slope,)
         ctx.save_for_backward(times, weight, *forced, buffer, *starts)
@@ -264,21 +244,14 @@ class _ExactSolve(torch.autograd.Function):
             if step + 1 < plan.num_steps:
                 buffer = _derivatives(plan, step, starts[step], weight, slope)
             reading = _reading_weights(plan, times, step, grad_values.dtype)
-            by_molecule = torch.bmm(reading.transpose(1, 2), grad_values)
-            grad_flat = by_molecule.transpose(0, 1).reshape(len(buffer), -1)
+            grad = powers.pull_readings(reading, grad_values, buffer)
             if grad_state is not None:
-                grad_flat.addr_(_end_weights(plan, grad_flat), flat(grad_state.unsqueeze(0))[0])
-            grad = grad_flat.view(*buffer.shape, 2) if buffer.is_complex() else grad_flat
-            grad = torch.view_as_complex(grad) if buffer.is_complex() else grad.view(buffer.shape)
-            for k in reversed(range(plan.degree)):
-                _by_mode(grad[k]).baddbmm_(_by_mode(grad[k + 1]), adjoint_weight)
-            if ctx.needs_input_grad[3]:
-                before = buffer[:-1].flatten(0, 1).permute(1, 2, 0).conj()
-                more = torch.bmm(before, _by_mode(grad[1:].flatten(0, 1)))
-                grad_weight = more if grad_weight is None else grad_weight.add_(more)
+                end = _end_weights(plan, grad_values)
+                flat(grad).addr_(end, flat(grad_state.unsqueeze(0))[0])
+            more = powers.pull_back(buffer, grad, adjoint_weight)
+            grad_weight = more if grad_weight is None else grad_weight.add_(more)
             if slope is not None:
-                ends = grad[1:3].sum(dim=1)
-                more = ends[0] * step + ends[1]
+                more = powers.pull_slope(grad, step)
                 grad_slope = more if grad_slope is None else grad_slope.add_(more)
             grad_state = grad[0]
         return None, None, grad_state, grad_weight, grad_slope

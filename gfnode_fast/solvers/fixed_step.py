@@ -10,12 +10,10 @@ does not depend on the times, so an answer does not depend on batch mates.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from gfnode_fast.solvers.errors import SolverError
+from gfnode_fast.solvers.errors import SolverError, check_times
 from gfnode_fast.solvers.grid import solve_on_grid
 from gfnode_fast.solvers.rhs import RightHandSide
 from gfnode_fast.solvers.stats import SolveStats
@@ -88,11 +86,7 @@ def solve_fixed(
         )
     times = times.detach().double()
     first, last = torch.stack((times.amin(), times.amax())).tolist()
-    if not 0 < first <= last < math.inf:
-        raise ValueError(
-            f"fixed: `times` must be positive and finite, got {first:g} ... {last:g}; time 0 is "
-            "the given state"
-        )
+    check_times("fixed", first, last)
     if last / step_size > MAX_STEPS:
         raise SolverError(
             f"fixed: the solve must take at most {MAX_STEPS} steps, got {last / step_size:.3g} of "

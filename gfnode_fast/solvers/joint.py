@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnode_fast.solvers.control import initial_step
+from gfnode_fast.solvers.errors import check_times
+from gfnode_fast.solvers.joint_linear import is_linear_joint, solve_linear_joint
 from gfnode_fast.solvers.published import integrate_published
-from gfnode_fast.solvers.rhs import RightHandSide
+from gfnode_fast.solvers.rhs import LinearRHS, RightHandSide
 from gfnode_fast.solvers.stage import fill_stages, flat, inner, spread
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import Tableau
@@ -109,8 +111,10 @@ def _integrate(
         weights, _, _ = _dense_weights(tableau, times, step, values.dtype)
         values.baddbmm_(weights, _by_molecule(buffer, batch))
 
+    earliest, last = torch.stack(times.aminmax()).tolist()
+    check_times("joint", earliest, last)
     evaluations, rejected, record.first_accepted = integrate_published(
-        rhs.published, y0, times.max().item(), tableau, rtol, atol, accept, rows // batch
+        rhs.published, y0, last, tableau, rtol, atol, accept, rows // batch
     )
     stats.evaluations += evaluations
     stats.accepted += len(record.steps)
@@ -273,6 +277,7 @@ def solve_joint(
         (B, T, D, M, C).
 
     Raises:
+        ValueError: times that are not positive and finite.
         SolverError: non-finite state or step underflow.
 
     Notes:
@@ -281,15 +286,21 @@ def solve_joint(
     """
     modes, batch, components, channels = y0.shape
     num_times = times.shape[1]
-    values: Tensor = _JointSolve.apply(  # type: ignore[no-untyped-call]
-        rhs,
-        tableau,
-        (rtol, atol),
-        SolveStats() if stats is None else stats,
-        times.detach().double(),
-        y0.reshape(modes, batch * components, channels),
-        *rhs.parameters,
-    )
+    stats = SolveStats() if stats is None else stats
+    times = times.detach().double()
+    values: Tensor
+    if isinstance(rhs, LinearRHS) and is_linear_joint(rhs, tableau):
+        values = solve_linear_joint(rhs, y0, times, tableau, rtol, atol, stats)
+    else:
+        values = _JointSolve.apply(  # type: ignore[no-untyped-call]
+            rhs,
+            tableau,
+            (rtol, atol),
+            stats,
+            times,
+            y0.reshape(modes, batch * components, channels),
+            *rhs.parameters,
+        )
     if y0.is_complex():
         values = torch.view_as_complex(
             values.view(batch, num_times, components, modes, channels, 2)

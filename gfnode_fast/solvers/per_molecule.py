@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnode_fast.solvers.control import MAX_GROWTH, MIN_GROWTH, SAFETY, TINY_NORM, TINY_STEP
-from gfnode_fast.solvers.errors import SolverError
+from gfnode_fast.solvers.errors import SolverError, check_times
 from gfnode_fast.solvers.rhs import RightHandSide
 from gfnode_fast.solvers.stage import flat
 from gfnode_fast.solvers.stats import SolveStats
@@ -340,11 +340,7 @@ def solve_per_molecule(
         )
     times = times.detach().double()
     first, last = torch.stack((times.amin(), times.amax())).tolist()
-    if not 0 < first <= last < math.inf:
-        raise ValueError(
-            f"per_molecule: `times` must be positive and finite, got {first:g} ... {last:g}; time "
-            "0 is the given state"
-        )
+    check_times("per_molecule", first, last)
     modes, batch, components, channels = y0.shape
     rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels)
     values: Tensor = _PerMoleculeSolve.apply(  # type: ignore[no-untyped-call]

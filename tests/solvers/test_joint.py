@@ -180,6 +180,24 @@ def test_a_molecule_with_a_non_finite_state_is_named(solver: str) -> None:
     assert caught.value.rows == [1]
 
 
+@pytest.mark.parametrize("bad", [0.0, -0.5, math.nan, math.inf])
+@pytest.mark.parametrize("interaction", ["no_interaction", "attention"])
+def test_times_must_be_positive_and_finite(interaction: str, bad: float) -> None:
+    signal, times, eigvecs = signals()
+    times[1, 0] = bad
+    with pytest.raises(ValueError, match="joint: `times` must be positive and finite"):
+        propagate(propagator(mode_interaction=interaction), signal, times, eigvecs)
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "bosh3", "dopri8"])
+@pytest.mark.parametrize("time_mode", ["none", "concat"])
+def test_powers_of_large_weights(solver: str, time_mode: str) -> None:
+    """A product that magnifies the state: powers of W are scaled, or dopri8's would overflow."""
+    model = propagator(solver=solver, time_mode=time_mode, scale=1e30, rtol=1e-2, atol=1e-2)
+    signal, times, eigvecs = signals(components=3)
+    assert_published(model, (signal, times * 1e-30, eigvecs))
+
+
 def test_overflow_names_time_and_step() -> None:
     model = propagator(scale=1e200)
     with pytest.raises(SolverError, match="step") as caught:
