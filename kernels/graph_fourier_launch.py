@@ -15,7 +15,13 @@ from gfnode_fast.kernels.graph_fourier import (
     _inverse_graph_fourier_bwd_kernel,
     _inverse_graph_fourier_fwd_kernel,
 )
-from gfnode_fast.kernels.launch import ceil_div, next_power_of_2, on_device_of, unit_stride
+from gfnode_fast.kernels.launch import (
+    acc_type,
+    ceil_div,
+    next_power_of_2,
+    on_device_of,
+    unit_stride,
+)
 from gfnode_fast.kernels.registry import AotCase
 
 MAX_MODES = 128  # a forward tile holds all modes
@@ -40,7 +46,7 @@ def launch_graph_fourier_fwd(
         _graph_fourier_fwd_kernel[(batch, ceil_div(channels, block_c))](
             rows, eigvecs, modes, ptr, _eig_ptr(ptr), rows.stride(0), *_eig_strides(eigvecs),
             channels, NUM_MODES=num_modes, NUM_ATOMS=num_atoms,
-            BLOCK_M=block_m, BLOCK_C=block_c, ACC=_acc(signal),
+            BLOCK_M=block_m, BLOCK_C=block_c, ACC=acc_type(signal.dtype),
             num_warps=_warps(block_m * block_c, signal.dtype), maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return modes
@@ -74,7 +80,7 @@ def launch_inverse_graph_fourier_fwd(
             channels, times, times_per_program,
             NUM_MODES=num_modes, NUM_ATOMS=num_atoms, SILU=activation == "silu",
             HAS_RESIDUAL=residual is not None, HAS_CENTROID=centroid is not None,
-            BLOCK_N=block_n, BLOCK_C=block_c, ACC=_acc(modes),
+            BLOCK_N=block_n, BLOCK_C=block_c, ACC=acc_type(modes.dtype),
             num_warps=_warps(block_n * block_c, modes.dtype), maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return out
@@ -105,7 +111,7 @@ def launch_inverse_graph_fourier_bwd(
             *grad.stride()[:2], *modes.stride()[:3], *_eig_strides(eigvecs),
             grad_modes.stride(0), channels, times,
             NUM_MODES=num_modes, NUM_ATOMS=num_atoms, SILU=activation == "silu",
-            HAS_ADDED=wants_added, BLOCK_N=block_n, BLOCK_C=block_c, ACC=_acc(modes),
+            HAS_ADDED=wants_added, BLOCK_N=block_n, BLOCK_C=block_c, ACC=acc_type(modes.dtype),
             num_warps=_warps(block_n * block_c, modes.dtype), maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return grad_modes.to(modes.dtype), grad_added
@@ -128,7 +134,7 @@ def launch_graph_fourier_eigvecs_bwd(
             *grad.stride()[:2], *modes.stride()[:3], *_eig_strides(eigvecs), channels, times,
             NUM_MODES=num_modes, NUM_ATOMS=num_atoms, SILU=activation == "silu",
             BLOCK_N=block_n, BLOCK_M=next_power_of_2(num_modes), BLOCK_C=block_c,
-            ACC=_acc(modes),
+            ACC=acc_type(modes.dtype),
             num_warps=_warps(block_n * block_c, modes.dtype), maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return grad_eigvecs
@@ -158,10 +164,6 @@ def _eig_strides(eigvecs: Tensor) -> tuple[int, int, int]:
     if eigvecs.dim() == 1:
         return 0, 0, 0
     return eigvecs.stride(0), eigvecs.stride(1), eigvecs.stride(2)
-
-
-def _acc(tensor: Tensor) -> tl.dtype:
-    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
 def _fwd_tile(num_modes: int, channels: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 
@@ -26,3 +27,18 @@ def ceil_div(a: int, b: int) -> int:
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor itself if its last dimension is dense in memory, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def dot_block(width: int) -> int:
+    """Extent of a tile that takes part in matrix products, which want at least 16."""
+    return max(16, next_power_of_2(width))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of products that keep the accuracy of fp32 and fp64."""
+    return "ieee" if dtype == torch.float64 else "tf32x3"
+
+
+def acc_type(dtype: torch.dtype) -> tl.dtype:
+    """Type of sums."""
+    return tl.float64 if dtype == torch.float64 else tl.float32

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfnode_fast.kernels.launch import ceil_div, next_power_of_2, on_device_of, unit_stride
+from gfnode_fast.kernels.launch import (
+    ceil_div,
+    dot_block,
+    dot_precision,
+    on_device_of,
+    unit_stride,
+)
 from gfnode_fast.kernels.mode_rhs import (
     _mode_attention_bwd_kernel,
     _mode_attention_fwd_kernel,
@@ -33,8 +39,8 @@ def launch_mode_linear(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
             _mode_linear_kernel[(ceil_div(rows, BLOCK_R), modes)](
                 y, weight, bias, out, *y.stride()[:2], *weight.stride(),
                 rows, modes, num_in, num_out, HAS_BIAS=bias is not None, BLOCK_R=BLOCK_R,
-                BLOCK_I=_block(num_in), BLOCK_O=_block(num_out), PRECISION=_precision(y.dtype),
-                num_warps=NUM_WARPS,
+                BLOCK_I=dot_block(num_in), BLOCK_O=dot_block(num_out),
+                PRECISION=dot_precision(y.dtype), num_warps=NUM_WARPS,
             )  # fmt: skip
     return out
 
@@ -53,8 +59,8 @@ def launch_mode_mlp_fwd(
                 y, weight_in, bias_in, hidden, weight_out, bias_out, None, out,
                 *y.stride()[:2], *weight_in.stride(), *weight_out.stride(),
                 rows, modes, channels, hidden_width, BACKWARD=False, BLOCK_R=BLOCK_R,
-                BLOCK_C=_block(channels), BLOCK_H=_block(hidden_width),
-                PRECISION=_precision(y.dtype), num_warps=NUM_WARPS,
+                BLOCK_C=dot_block(channels), BLOCK_H=dot_block(hidden_width),
+                PRECISION=dot_precision(y.dtype), num_warps=NUM_WARPS,
             )  # fmt: skip
     return out, hidden
 
@@ -73,8 +79,8 @@ def launch_mode_mlp_bwd(
                 grad, into, None, hidden, out_of, None, grad_hidden, grad_y,
                 *grad.stride()[:2], *into.stride(), *out_of.stride(),
                 rows, modes, channels, hidden.shape[1], BACKWARD=True, BLOCK_R=BLOCK_R,
-                BLOCK_C=_block(channels), BLOCK_H=_block(hidden.shape[1]),
-                PRECISION=_precision(grad.dtype), num_warps=NUM_WARPS,
+                BLOCK_C=dot_block(channels), BLOCK_H=dot_block(hidden.shape[1]),
+                PRECISION=dot_precision(grad.dtype), num_warps=NUM_WARPS,
             )  # fmt: skip
     return grad_y, grad_hidden
 
@@ -91,7 +97,7 @@ def launch_mode_attention_fwd(
             _mode_attention_fwd_kernel[(ceil_div(rows, BLOCK_R),)](
                 y, key, query_bias, weight, bias, out,
                 *y.stride()[:2], *key.stride(), *weight.stride(), rows, modes, channels,
-                BLOCK_R=BLOCK_R, BLOCK_C=_block(channels), PRECISION=_precision(y.dtype),
+                BLOCK_R=BLOCK_R, BLOCK_C=dot_block(channels), PRECISION=dot_precision(y.dtype),
                 num_warps=NUM_WARPS,
             )  # fmt: skip
     return out
@@ -110,19 +116,10 @@ def launch_mode_attention_bwd(
                 grad, y, key, query_bias, weight, mixed, grad_u, grad_y,
                 *grad.stride()[:2], *y.stride()[:2], *key.stride(), *weight.stride(),
                 rows, modes, channels,
-                BLOCK_R=BLOCK_R, BLOCK_C=_block(channels), PRECISION=_precision(y.dtype),
+                BLOCK_R=BLOCK_R, BLOCK_C=dot_block(channels), PRECISION=dot_precision(y.dtype),
                 num_warps=NUM_WARPS,
             )  # fmt: skip
     return grad_y, mixed, grad_u
-
-
-def _block(width: int) -> int:
-    """A matrix product wants extents of at least 16."""
-    return max(16, next_power_of_2(width))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float64 else "tf32x3"
 
 
 def aot_cases() -> list[AotCase]:
@@ -135,7 +132,7 @@ def aot_cases() -> list[AotCase]:
 
 
 def _aot_cases(channels: int, dtype: str) -> list[AotCase]:
-    block, precision = _block(channels), "ieee" if dtype == "fp64" else "tf32x3"
+    block, precision = dot_block(channels), "ieee" if dtype == "fp64" else "tf32x3"
 
     def case(kernel: Any, name: str, tensors: str, strides: str, **constexprs: Any) -> AotCase:
         sizes = ("num_rows", "num_modes") + (

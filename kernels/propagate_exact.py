@@ -28,28 +28,7 @@ from the last start kept. Addresses are 64-bit. Tuned on: none yet; not yet run 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load_square(ptr, i, stride_i, o, stride_o, size):
-    mask = (i < size)[:, None] & (o < size)[None, :]
-    return tl.load(ptr + i[:, None] * stride_i + o[None, :] * stride_o, mask=mask, other=0.0)
-
-
-@triton.jit
-def _forcing_share(k, step):
-    """How often h² b enters P_k: the time of the step's start for k = 1, once for k = 2."""
-    return tl.where(k == 1, step, tl.where(k == 2, 1, 0))
-
-
-@triton.jit
-def _next_derivative(
-    p, weight, bias, k, step, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
-):
-    """P_k from P_{k-1}."""
-    p = tl.dot(p, weight, input_precision=PRECISION, out_dtype=ACC)
-    if HAS_BIAS:
-        p += _forcing_share(k, step).to(ACC) * bias[None, :]
-    return p
+from gfnode_fast.kernels.linear_dynamics import _load_square, _next_power, _slope_share
 
 
 @triton.jit
@@ -67,7 +46,7 @@ def _end_of_step(
     end = p
     factor = tl.full((), 1.0, ACC)
     for k in range(1, degree + 1):
-        p = _next_derivative(p, weight, bias, k, step, HAS_BIAS, PRECISION, ACC)
+        p = _next_power(p, weight, bias, k, step, 1, HAS_BIAS, PRECISION, ACC)
         factor = factor / k
         end += factor * p
     return end
@@ -158,7 +137,7 @@ def _propagate_exact_fwd_kernel(
         end = p
         factor = tl.full((), 1.0, ACC)
         for k in range(1, degree + 1):
-            p = _next_derivative(p, weight, bias, k, step, HAS_BIAS, PRECISION, ACC)
+            p = _next_power(p, weight, bias, k, step, 1, HAS_BIAS, PRECISION, ACC)
             share = share * (x - step) / k
             acc += share[:, :, None] * p[None, :, :]
             factor = factor / k
@@ -312,7 +291,7 @@ def _propagate_exact_bwd_kernel(
             factor = tl.full((), 1.0, ACC)
             for k in range(1, degree + 1):
                 tl.store(derivatives_ptr + (k - 1) * TILE, p)
-                p = _next_derivative(p, weight, bias, k, step, HAS_BIAS, PRECISION, ACC)
+                p = _next_power(p, weight, bias, k, step, 1, HAS_BIAS, PRECISION, ACC)
                 factor = factor / k
             _pull_values(
                 grad_ptr, stride_gt, from_row, c, mask_c, times_ptr, row, mask_r, num_components,
@@ -327,7 +306,7 @@ def _propagate_exact_bwd_kernel(
                 p = tl.load(derivatives_ptr + (k - 1) * TILE)
                 grad_weight += tl.dot(tl.trans(p), pulled, input_precision=PRECISION, out_dtype=ACC)
                 if HAS_BIAS:
-                    share = _forcing_share(k, step).to(ACC)
+                    share = _slope_share(k, step, 1).to(ACC)
                     grad_bias += share * tl.sum(pulled, axis=0)
                 pulled = tl.dot(pulled, adjoint, input_precision=PRECISION, out_dtype=ACC)
                 factor = factor * k

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from gfnode_fast.kernels.launch import ceil_div, next_power_of_2, on_device_of, unit_stride
+from gfnode_fast.kernels.launch import (
+    acc_type,
+    ceil_div,
+    dot_block,
+    dot_precision,
+    next_power_of_2,
+    on_device_of,
+    unit_stride,
+)
 from gfnode_fast.kernels.propagate_exact import (
     _propagate_exact_bwd_kernel,
     _propagate_exact_fwd_kernel,
@@ -43,9 +50,9 @@ def launch_propagate_exact_fwd(
         _propagate_exact_fwd_kernel[(ceil_div(rows, BLOCK_R), modes, len(status))](
             y0, weight, None if slope is None else slope.contiguous(), times, plan, values, status,
             *y0.stride()[:3], *weight.stride(), rows, modes, components, channels, num_times,
-            HAS_BIAS=slope is not None, BLOCK_R=BLOCK_R, BLOCK_T=block_t, BLOCK_C=_block(channels),
-            PRECISION=_precision(y0.dtype), ACC=_acc(y0.dtype), MAX_STEPS=MAX_STEPS,
-            num_warps=NUM_WARPS,
+            HAS_BIAS=slope is not None, BLOCK_R=BLOCK_R, BLOCK_T=block_t,
+            BLOCK_C=dot_block(channels), PRECISION=dot_precision(y0.dtype), ACC=acc_type(y0.dtype),
+            MAX_STEPS=MAX_STEPS, num_warps=NUM_WARPS,
         )  # fmt: skip
     return values, status
 
@@ -75,7 +82,7 @@ def launch_propagate_exact_bwd(
     slope_shares = y0.new_empty((programs, modes, channels) if slope is not None else (0, 0))
     if grad.numel() == 0:
         return grad_y0.zero_(), weight.new_zeros(weight.shape), slope_shares.sum(0).zero_()
-    block_c = _block(channels)
+    block_c = dot_block(channels)
     tiles = 2 * max_degree + 1 + MAX_STARTS
     workspace = y0.new_empty(programs, modes, tiles, BLOCK_R, block_c)
     with on_device_of(y0):
@@ -85,27 +92,14 @@ def launch_propagate_exact_bwd(
             *grad.stride()[:4], *y0.stride()[:3], *weight.stride(),
             rows, modes, components, channels, num_times, max_degree, MAX_STARTS,
             HAS_BIAS=slope is not None, BLOCK_R=BLOCK_R, BLOCK_T=BWD_BLOCK_T, BLOCK_C=block_c,
-            PRECISION=_precision(y0.dtype), ACC=_acc(y0.dtype), MAX_STEPS=MAX_STEPS,
+            PRECISION=dot_precision(y0.dtype), ACC=acc_type(y0.dtype), MAX_STEPS=MAX_STEPS,
             num_warps=NUM_WARPS,
         )  # fmt: skip
     return grad_y0, shares.sum(0), slope_shares.sum(0)
 
 
-def _block(width: int) -> int:
-    """A matrix product wants extents of at least 16."""
-    return max(16, next_power_of_2(width))
-
-
 def _block_t(num_times: int) -> int:
     return min(next_power_of_2(max(num_times, 1)), MAX_BLOCK_T)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float64 else "tf32x3"
-
-
-def _acc(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def aot_cases() -> list[AotCase]:
@@ -148,8 +142,8 @@ def _aot_cases(channels: int, dtype: str, has_bias: bool) -> list[AotCase]:
             },
             constexprs={
                 **absent, **more, "stride_wo": 1, "HAS_BIAS": has_bias, "BLOCK_R": BLOCK_R,
-                "BLOCK_C": _block(channels), "PRECISION": _precision(torch_dtype),
-                "ACC": _acc(torch_dtype), "MAX_STEPS": MAX_STEPS,
+                "BLOCK_C": dot_block(channels), "PRECISION": dot_precision(torch_dtype),
+                "ACC": acc_type(torch_dtype), "MAX_STEPS": MAX_STEPS,
             },
             num_warps=NUM_WARPS,
             divisible_by_16=tuple(i for i in integers.split() if i[:6] == "stride")

@@ -1,6 +1,6 @@
 """Dense output of a joint solve of linear dynamics at each molecule's own times, and its backward.
 
-    y(t_j + x h_j) = Σ_k p_k(x) v_k,   v_0 = y_j,   v_k = v_{k-1} h_j W        k <= K
+    y(t_j + x h_j) = Σ_k p_k(x) v_k,   v_0 = y_j,   v_k = h_j (v_{k-1} W + share_k b)       k <= K
 
 over the accepted steps j that `gfnode_fast.kernels.propagate_joint` leaves: their times t_j, sizes
 h_j and states y_j, the p_k from the same table. A program owns BLOCK_R rows of one mode and,
@@ -18,42 +18,16 @@ are 64-bit. Tuned on: none yet; not yet run on hardware.
 import triton
 import triton.language as tl
 
-from gfnode_fast.kernels.propagate_exact import _load_square
-from gfnode_fast.kernels.propagate_joint import TABLE_
-
-
-@triton.jit
-def _abscissae(times_ptr, row, mask_r, num_components, first_time, num_times, begin, end, BLOCK_T):
-    """x (BLOCK_T, BLOCK_R) in float64, 0 outside the step, and the mask of the times inside."""
-    t = first_time + tl.arange(0, BLOCK_T)
-    at = (row // num_components)[None, :] * num_times + t[:, None]
-    mask = (t < num_times)[:, None] & mask_r[None, :]
-    s = tl.load(times_ptr + at, mask=mask, other=-1.0)
-    inside = (s > begin) & (s <= end)
-    return tl.where(inside, (s - begin) / (end - begin), 0.0), inside, mask
-
-
-@triton.jit
-def _share(table_ptr, k, x, inside):
-    """p_k(x), 0 outside the step."""
-    row = table_ptr + k * TABLE_
-    p = tl.load(row + 3) + x * tl.load(row + 4)
-    p = tl.load(row + 1) + x * (tl.load(row + 2) + x * p)
-    return tl.where(inside, tl.load(row) + x * p, 0.0)
-
-
-@triton.jit
-def _share_slope(table_ptr, k, x, inside):
-    """p_k'(x), 0 outside the step."""
-    row = table_ptr + k * TABLE_
-    p = 3 * tl.load(row + 3) + x * 4 * tl.load(row + 4)
-    return tl.where(inside, tl.load(row + 1) + x * (2 * tl.load(row + 2) + x * p), 0.0)
+from gfnode_fast.kernels.joint_values import _abscissae, _of_end, _share, _share_slope
+from gfnode_fast.kernels.linear_dynamics import _load_square, _next_power, _slope_share
+from gfnode_fast.kernels.propagate_joint import _load_slope
 
 
 @triton.jit
 def _joint_read_fwd_kernel(
     starts_ptr,
     weight_ptr,
+    slope_ptr,
     table_ptr,
     times_ptr,
     record_ptr,
@@ -68,13 +42,14 @@ def _joint_read_fwd_kernel(
     num_components,
     num_channels,
     num_times,
+    HAS_SLOPE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """`record_ptr` is the last record. Values (T, B, M, D, C)."""
+    """`record_ptr` is the last record. Values (T, B, M, D, C); NaN where no step leads."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mode = tl.program_id(1).to(tl.int64)
     first_time = tl.program_id(2) * BLOCK_T
@@ -84,9 +59,11 @@ def _joint_read_fwd_kernel(
     mask_y = mask_r[:, None] & mask_c[None, :]
     weight = weight_ptr + mode * stride_wm
     weight = _load_square(weight, c, stride_wi, c, stride_wo, num_channels)
+    slope = _load_slope(slope_ptr, mode, c, num_channels, HAS_SLOPE, ACC)
     at = (row[:, None] * num_modes + mode) * num_channels + c[None, :]
     span = num_rows.to(tl.int64) * num_modes * num_channels
     acc = tl.zeros((BLOCK_T, BLOCK_R, BLOCK_C), ACC)
+    reached = tl.zeros((BLOCK_T, BLOCK_R), tl.int1)
     for step in range(0, tl.load(record_ptr + 2).to(tl.int32)):
         begin = tl.load(steps_ptr + 2 * step)
         size = tl.load(steps_ptr + 2 * step + 1)
@@ -94,11 +71,14 @@ def _joint_read_fwd_kernel(
             times_ptr, row, mask_r, num_components, first_time, num_times, begin, begin + size,
             BLOCK_T,
         )  # fmt: skip
+        reached = reached | inside
         v = tl.load(starts_ptr + step * span + at, mask=mask_y, other=0.0)
         acc += _share(table_ptr, 0, x, inside).to(ACC)[:, :, None] * v[None, :, :]
         for k in range(1, degree + 1):
-            v = tl.dot(v, weight, input_precision=PRECISION, out_dtype=ACC) * size.to(ACC)
+            v = _next_power(v, weight, slope, k, begin, size, HAS_SLOPE, PRECISION, ACC)
+            v = v * size.to(ACC)
             acc += _share(table_ptr, k, x, inside).to(ACC)[:, :, None] * v[None, :, :]
+    acc = tl.where(reached[:, :, None], acc, float("nan"))
     t = first_time + tl.arange(0, BLOCK_T)
     molecule = row // num_components
     batch = (num_rows // num_components).to(tl.int64)
@@ -113,12 +93,14 @@ def _joint_read_bwd_kernel(
     grad_ptr,
     starts_ptr,
     weight_ptr,
+    slope_ptr,
     table_ptr,
     times_ptr,
     record_ptr,
     steps_ptr,
     grad_y0_ptr,
     grad_weight_ptr,
+    grad_slope_ptr,
     grad_size_ptr,
     workspace_ptr,
     degree,
@@ -134,13 +116,16 @@ def _joint_read_bwd_kernel(
     num_components,
     num_channels,
     num_times,
+    HAS_SLOPE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Shares of grad W and of the derivative with respect to the first step's size, per program."""
+    """Shares of grad W and of the derivative with respect to the first step's size, per program;
+    adds to zeros in the shares of grad b.
+    """
     program = tl.program_id(0).to(tl.int64)
     mode = tl.program_id(1).to(tl.int64)
     slot = program * num_modes + mode
@@ -173,8 +158,10 @@ def _joint_read_bwd_kernel(
             tl.debug_barrier()  # other threads may still read the tiles of the step before
             v = tl.load(starts_ptr + step * span + at, mask=mask_y, other=0.0)
             tl.store(v_ptr, v)
+            slope = _load_slope(slope_ptr, mode, c, num_channels, HAS_SLOPE, ACC)
             for k in range(1, degree + 1):
-                v = tl.dot(v, weight, input_precision=PRECISION, out_dtype=ACC) * size.to(ACC)
+                v = _next_power(v, weight, slope, k, begin, size, HAS_SLOPE, PRECISION, ACC)
+                v = v * size.to(ACC)
                 tl.store(v_ptr + k * TILE, v)
             tl.debug_barrier()
             for first_time in range(0, num_times, BLOCK_T):
@@ -194,8 +181,8 @@ def _joint_read_bwd_kernel(
                     if first_time > 0:
                         pulled += tl.load(pulled_ptr + k * TILE)
                     tl.store(pulled_ptr + k * TILE, pulled)
-                    slope = (_share_slope(table_ptr, k, x, inside) * moves).to(ACC)
-                    moved = tl.sum(slope[:, :, None] * grad, axis=0)
+                    rate = (_share_slope(table_ptr, k, x, inside) * moves).to(ACC)
+                    moved = tl.sum(rate[:, :, None] * grad, axis=0)
                     v = tl.load(v_ptr + k * TILE)
                     grad_size += tl.sum(moved * v, axis=1).to(tl.float64)
                 tl.debug_barrier()  # other threads may add to what these have stored
@@ -204,11 +191,22 @@ def _joint_read_bwd_kernel(
             for j in range(0, degree):
                 k = degree - j
                 given = tl.load(pulled_ptr + k * TILE)
-                given += tl.load(table_ptr + k * TABLE_ + 5).to(ACC) * lam
+                given += _of_end(table_ptr, k, ACC) * lam
                 if step == 0:
                     v = tl.load(v_ptr + k * TILE)
                     grad_size += tl.sum(given * v, axis=1).to(tl.float64) * k / size
                 carried = (carried + given) * size.to(ACC)
+                if HAS_SLOPE:
+                    if k <= 2:  # kept in memory: in registers all along, it would spill
+                        by_channel = _slope_share(k, begin, size).to(ACC) * tl.sum(carried, axis=0)
+                        to = grad_slope_ptr + slot * num_channels + c
+                        by_channel += tl.load(to, mask=mask_c, other=0.0)
+                        tl.debug_barrier()
+                        tl.store(to, by_channel, mask=mask_c)
+                        tl.debug_barrier()  # other threads may add to what these have stored
+                    if (k == 1) & (step > 0):  # a later step's start moves with the first size
+                        slope = _load_slope(slope_ptr, mode, c, num_channels, HAS_SLOPE, ACC)
+                        grad_size += tl.sum(carried * slope[None, :], axis=1).to(tl.float64)
                 v = tl.load(v_ptr + (k - 1) * TILE)
                 grad_weight += tl.dot(
                     tl.trans(v), carried, input_precision=PRECISION, out_dtype=ACC

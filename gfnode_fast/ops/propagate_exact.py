@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.ops.dispatch import choose_backend, require_triton
+from gfnode_fast.ops.linear_dynamics import check_linear, check_triton, linear_rhs, no_values
 from gfnode_fast.ops.mode_rhs_registered import unserved_by_triton
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.solvers.exact import (
@@ -24,9 +25,7 @@ from gfnode_fast.solvers.exact import (
     largest_thetas,
     solve_exact,
 )
-from gfnode_fast.solvers.rhs import LinearRHS
 
-LARGEST_C = 64
 NOT_FINITE, BAD_TIME = 1, 2
 
 
@@ -75,23 +74,32 @@ def propagate_exact(
     if backend == "torch":
         status = torch.zeros(len(times), dtype=torch.int32, device=y0.device)
         if y0.numel() == 0 or times.numel() == 0:
-            return no_values(y0, weight, times), status
-        rhs = LinearRHS(_unpublished, weight)
-        if slope is not None:
-            rhs = LinearRHS(_unpublished, weight, _slope_times, (slope,), is_proportional=True)
+            return no_values(y0, times, weight, slope), status
+        rhs = linear_rhs(weight, slope)
         values = solve_exact(rhs, y0.transpose(0, 1), times).permute(1, 0, 3, 2, 4)
         return values, status
+    values, status, _ = exact_on_triton(y0, weight, slope, times)
+    if y0.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_status(status)
+    return values, status
+
+
+def exact_on_triton(
+    y0: Tensor, weight: Tensor, slope: Tensor | None, times: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, status (B,), and the plan (2,) int32: degree and steps per unit of time. Nothing is
+    read on the host.
+    """
     check_triton("propagate_exact", y0)
+    plan = _plan(weight.detach(), slope is not None)
     values, by_row = torch.ops.gfnode_fast.propagate_exact(
-        y0, weight, slope, times.to(y0.dtype), _plan(weight.detach(), slope is not None)
+        y0, weight, slope, times.to(y0.dtype), plan
     )
     batch, modes, components, _ = y0.shape
     status = by_row.new_zeros(batch)
     if by_row.numel():
         status = by_row.view(-1, batch, components, modes).amax(dim=(0, 2, 3))
-    if y0.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_status(status)
-    return values, status
+    return values, status, plan
 
 
 def check_status(status: Tensor) -> None:
@@ -121,67 +129,6 @@ def check_status(status: Tensor) -> None:
         step=float("nan"),
         rows=molecules,
     )
-
-
-def _unpublished(s: Tensor, y: Tensor) -> Tensor:
-    raise NotImplementedError("propagate_exact evaluates no right-hand side")
-
-
-def _slope_times(s: Tensor, slope: Tensor) -> Tensor:
-    return s.view(-1, 1, 1) * slope
-
-
-def no_values(y0: Tensor, weight: Tensor, times: Tensor) -> Tensor:
-    """Values (T, B, M, D, C) where there are none, with their place in the graph."""
-    return y0.expand(times.shape[1], *y0.shape) * weight.sum()
-
-
-def check_linear(op: str, y0: Tensor, weight: Tensor, times: Tensor, slope: Tensor | None) -> None:
-    """Shapes, dtypes and devices of linear or affine dynamics."""
-    if y0.dim() != 4:
-        raise ValueError(f"{op}: `y0` must be (B, M, D, C), got {tuple(y0.shape)}; reshape it")
-    batch, modes, _, channels = y0.shape
-    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
-        ("weight", weight, (modes, channels, channels))
-    ]
-    if slope is not None:
-        expected.append(("slope", slope, (modes, channels)))
-    for name, value, shape in expected:
-        if value.shape != shape:
-            raise ValueError(
-                f"{op}: `{name}` must be {shape} for y0 {tuple(y0.shape)}, got "
-                f"{tuple(value.shape)}; reshape it"
-            )
-        if value.dtype != y0.dtype:
-            raise TypeError(
-                f"{op}: `{name}` must be {y0.dtype} like y0, got {value.dtype}; convert one of them"
-            )
-    if times.dim() != 2 or times.shape[0] != batch:
-        raise ValueError(
-            f"{op}: `times` must be ({batch}, T), got {tuple(times.shape)}; give each molecule its "
-            "own T times"
-        )
-    if not times.is_floating_point():
-        raise TypeError(f"{op}: `times` must be floating point, got {times.dtype}; convert it")
-    for name, value in [("times", times), *((name, value) for name, value, _ in expected)]:
-        if value.device != y0.device:
-            raise ValueError(
-                f"{op}: `{name}` must be on {y0.device} like y0, got {value.device}; move it"
-            )
-
-
-def check_triton(op: str, y0: Tensor) -> None:
-    """What the kernels of linear dynamics cannot serve."""
-    if y0.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"{op}: `y0` must be float32 or float64 with backend='triton', got {y0.dtype}; convert "
-            "it or use backend='torch'"
-        )
-    if y0.shape[3] > LARGEST_C:
-        raise ValueError(
-            f"{op}: `y0` must have at most {LARGEST_C} channels with backend='triton', got "
-            f"{y0.shape[3]}; use backend='torch'"
-        )
 
 
 @lru_cache(maxsize=8)

@@ -8,6 +8,8 @@ stays whole. Its gradient is that of the eager propagation, formed by running it
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -165,6 +167,17 @@ def _check_times(times: Tensor) -> None:
         )
 
 
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd inside an operator, which the dispatcher runs without it."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded):
+        yield
+
+
 @torch.library.custom_op(
     "gfnode_fast::propagate", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
 )
@@ -210,7 +223,7 @@ def _propagate_bwd(
         eigvecs = eigvecs.detach().requires_grad_()
         wanted.append(eigvecs)
     lent = {f"dynamics.{name}": p for name, p in zip(dynamics.names, leaves, strict=True)}
-    with dynamics.lent:
+    with dynamics.lent, _recording():
         grads = torch.func.functional_call(
             _Pullback(dynamics), lent, (grad, wanted, signal, times, eigvecs)
         )

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.kernels import propagate_joint_launch as launch
-from gfnode_fast.ops import propagate_joint as module
-from gfnode_fast.ops.propagate_joint import (
-    FSAL,
-    check_joint_status,
-    polynomial_table,
-    propagate_joint,
-)
+from gfnode_fast.ops.joint_status import DONE, UNDERFLOW, check_joint_status
+from gfnode_fast.ops.propagate_joint import FSAL, polynomial_table, propagate_joint
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.solvers.tableau import ADAPTIVE
 from op_checks import compiled_equals_eager, gradients, opcheck, relative_error, strided
@@ -40,13 +35,15 @@ def problem(
     components: int = COMPONENTS,
     channels: int = CHANNELS,
     times: int = TIMES,
+    affine: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
-    """(y0, W), times."""
+    """(y0, W) or (y0, W, b), times."""
     weight = randn(modes, channels, channels, dtype=dtype, seed=1) * size
     y0 = randn(batch, modes, components, channels, dtype=dtype)
     generator = torch.Generator().manual_seed(3)
     own = torch.rand(batch, times, generator=generator, dtype=torch.float64) * 0.98 + 0.02
-    return [y0, weight], own.sort(dim=1)[0]
+    slope = [randn(modes, channels, dtype=dtype, seed=2) * (size * 20)] if affine else []
+    return [y0, weight, *slope], own.sort(dim=1)[0]
 
 
 def late_growth(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Tensor]:
@@ -60,8 +57,8 @@ def late_growth(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Tenso
 
 
 def solve(times: Tensor, backend: str, **options: Any) -> Any:
-    def call(y0: Tensor, weight: Tensor) -> Tensor:
-        return propagate_joint(y0, weight, times, backend=backend, **options)[0]
+    def call(y0: Tensor, weight: Tensor, slope: Tensor | None = None) -> Tensor:
+        return propagate_joint(y0, weight, times, slope=slope, backend=backend, **options)[0]
 
     return call
 
@@ -90,11 +87,11 @@ def test_values_and_gradients_are_the_published_ones(
     inputs, times = late_growth(dtype) if size is None else problem(size, dtype, **sized)
     options = {"solver": solver, "max_attempts": attempts if solver == "bosh3" else attempts // 2}
     tolerance = max(TOLERANCE[dtype], 1e-6 if solver == "dopri8" else 0)
-    got, status = propagate_joint(*inputs, times, backend="triton", **options)
+    got, status = propagate_joint(*inputs[:2], times, backend="triton", **options)
     wide = [x.double() for x in inputs]
     published = solve(times, "torch", **options)
     assert got.dtype == dtype
-    assert status == module.DONE
+    assert status[3] == DONE
     assert relative_error(got, published(*wide)) <= tolerance
     pairs = zip(
         gradients(solve(times, "triton", **options), inputs),
@@ -105,6 +102,20 @@ def test_values_and_gradients_are_the_published_ones(
         assert relative_error(mine, exact) <= tolerance
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_affine_dynamics(dtype: torch.dtype) -> None:
+    """Several steps, so that the time of a step's start counts, and moves with the first size."""
+    inputs, times = problem(2.0, dtype, batch=17, components=1, times=2, affine=True)
+    wide, options = [x.double() for x in inputs], {"max_attempts": 9}
+    got, status = propagate_joint(*inputs[:2], times, slope=inputs[2], backend="triton", **options)
+    published = solve(times, "torch")
+    assert status[2] > 2
+    assert relative_error(got, published(*wide)) <= TOLERANCE[dtype]
+    triton = gradients(solve(times, "triton", **options), inputs)
+    for mine, exact in zip(triton, gradients(published, wide), strict=True):
+        assert relative_error(mine, exact) <= TOLERANCE[dtype]
+
+
 def test_the_steps_are_the_published_ones() -> None:
     """Sizes, and which attempts are rejected."""
     for ((y0, weight), times), expected_rejections in (
@@ -113,7 +124,7 @@ def test_the_steps_are_the_published_ones() -> None:
     ):
         (accepted, rejected), sizes = published_steps(y0, weight, times)
         _, record, steps, _, _ = torch.ops.gfnode_fast.propagate_joint(
-            y0, weight, times, "dopri5", 1e-3, 1e-4, accepted + rejected
+            y0, weight, None, times, "dopri5", 1e-3, 1e-4, accepted + rejected
         )
         assert bool(rejected) == expected_rejections
         assert record[2] == accepted
@@ -170,8 +181,9 @@ def test_components_times_and_rows_beyond_one_program(monkeypatch: pytest.Monkey
         assert relative_error(got, exact) <= TOLERANCE[torch.float64]
 
 
-def test_gradcheck() -> None:
-    inputs, times = problem(batch=2, components=1, channels=2, times=2)
+@pytest.mark.parametrize("affine", [False, True])
+def test_gradcheck(affine: bool) -> None:
+    inputs, times = problem(batch=2, components=1, channels=2, times=2, affine=affine)
     leaves = [x.requires_grad_() for x in inputs]
     call = solve(times, "triton", max_attempts=4)
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
@@ -186,11 +198,13 @@ def test_second_derivatives_are_refused() -> None:
         grad.pow(2).sum().backward()
 
 
-def test_opcheck() -> None:
-    inputs, times = problem(dtype=torch.float32, batch=2, components=1, channels=2, times=1)
-    y0, weight = (x.requires_grad_() for x in inputs)
+@pytest.mark.parametrize("affine", [False, True])
+def test_opcheck(affine: bool) -> None:
+    sizes = {"batch": 2, "components": 1, "channels": 2, "times": 1}
+    inputs, times = problem(dtype=torch.float32, affine=affine, **sizes)
+    y0, weight, *slope = (x.requires_grad_() for x in inputs)
     operator = torch.ops.gfnode_fast.propagate_joint
-    opcheck(operator, y0, weight, times, "dopri5", 1e-3, 1e-4, 2)
+    opcheck(operator, y0, weight, slope[0] if affine else None, times, "dopri5", 1e-3, 1e-4, 2)
 
 
 def test_compiled() -> None:
@@ -247,8 +261,9 @@ def test_deterministic() -> None:
 def test_states_that_are_not_finite_are_reported() -> None:
     (y0, weight), times = problem(components=1)
     y0[3, 1, 0, 2] = float("nan")
-    with pytest.raises(SolverError, match="not finite"):
+    with pytest.raises(SolverError, match=r"not finite in molecule\(s\) \[3\]") as caught:
         solve(times, "triton")(y0, weight)
+    assert caught.value.rows == [3]
     with pytest.raises(SolverError, match="not finite|advances time"):
         solve(times, "triton")(y0.nan_to_num(), weight * 1e200)
 
@@ -263,9 +278,11 @@ def test_times_that_are_not_positive_are_refused(backend: str, value: float) -> 
 
 
 def test_status_is_read_later_on_a_gpu() -> None:
-    check_joint_status(torch.tensor(module.DONE))
-    with pytest.raises(SolverError, match="no longer advances time"):
-        check_joint_status(torch.tensor(module.UNDERFLOW))
+    record = torch.tensor([0.25, 1e-9, 3, DONE, 1, 4, 0, 0], dtype=torch.float64)
+    check_joint_status(record)
+    record[3] = UNDERFLOW
+    with pytest.raises(SolverError, match=r"at s = 0.25 \(step 1e-09\) it .* no longer advances"):
+        check_joint_status(record)
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
