@@ -153,6 +153,10 @@ def check_constructor(
         )
 
 
+def _shape_text(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("*" if n is None else str(n) for n in shape) + ")"
+
+
 def _check_tensor(
     argument: str,
     value: object,
@@ -160,13 +164,14 @@ def _check_tensor(
     dtype: torch.dtype | None,
     what: str,
 ) -> None:
-    expected = "(" + ", ".join("*" if n is None else str(n) for n in shape) + ")"
     if not isinstance(value, Tensor):
-        refuse(TypeError, argument, f"a tensor {expected}, {what}", describe(value), "pass it")
+        expected = f"a tensor {_shape_text(shape)}, {what}"
+        refuse(TypeError, argument, expected, describe(value), "pass it")
     if value.dim() != len(shape) or any(
         n is not None and n != m for n, m in zip(shape, value.shape, strict=True)
     ):
-        refuse(ValueError, argument, f"of shape {expected}, {what}", describe(value), "reshape it")
+        expected = f"of shape {_shape_text(shape)}, {what}"
+        refuse(ValueError, argument, expected, describe(value), "reshape it")
     if dtype is not None and value.dtype != dtype:
         refuse(
             TypeError,
@@ -320,6 +325,8 @@ def _check_times(timeframes: object, batch: int, num_timesteps: int, solves: boo
             describe(timeframes),
             "pass timeframes.detach()",
         )
+    if _cannot_read(timeframes):
+        return
     if not ((timeframes > 0) & (timeframes < float("inf"))).all():
         refuse(
             ValueError,
@@ -328,3 +335,10 @@ def _check_times(timeframes: object, batch: int, num_timesteps: int, solves: boo
             f"a minimum of {timeframes.min().item()}",
             "pass frames after the start frame, which is time 0",
         )
+
+
+def _cannot_read(tensor: Tensor) -> bool:
+    """In a graph being compiled or captured there are no values; whoever runs it checks them."""
+    if torch.compiler.is_compiling():
+        return True
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,143 @@
+"""torch.compile(model): one graph, few compilations, the eager model's values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import gfnode_fast
+from golden_files import relative_error
+from model_inputs import constructor, inputs
+
+# Measured: 2e-7 and 4e-6 in fp32, whose sums the compiler orders anew.
+VALUES, GRADIENTS = 1e-5, 1e-4
+CASES: list[dict[str, Any]] = [
+    {},
+    {"backend": "torch", "flat": True, "norm": True},
+    {"gnn_ablation_mode": "sage", "mode_interaction": "attention", "recompute": True},
+    {"gnn_ablation_mode": "gcn", "mode_interaction": "concat", "time_mode": "mlp"},
+    {"solver_mode": "exact", "time_mode": "concat"},
+    {"solver": "rk4", "solver_mode": gfnode_fast.solvers.fixed(0.1)},
+    {"fourier_basis": "linear"},
+    {"no_ode": True},
+    {"backend": "reference"},
+]
+FAST = (0, 2, 6)  # the others for `make test-slow`: each takes seconds to trace
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def build(**changes: Any) -> gfnode_fast.FourierMD:
+    torch.manual_seed(0)
+    return gfnode_fast.FourierMD(**constructor(**changes))
+
+
+def outcome(
+    model: Any, given: dict[str, Any]
+) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """Outputs, and the gradient of every parameter and of x, v, h, edge_fea and U_batch."""
+    leaves = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in given.items()
+        if name in ("x", "v", "h", "edge_fea", "U_batch", "loc_mean")
+    }
+    outputs = model(**(given | leaves))
+    model.zero_grad()
+    loss = sum((o.square().mean() for o in outputs[:3]), start=outputs[3])
+    loss.backward()
+    named = [(name, p) for name, p in model.named_parameters()] + list(leaves.items())
+    gradients = {
+        name.removeprefix("_orig_mod."): tensor.grad.clone()
+        for name, tensor in named
+        if tensor.grad is not None
+    }
+    return tuple(o.detach() for o in outputs), gradients
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    for ours, theirs in zip(actual[0], expected[0], strict=True):
+        assert relative_error(ours, theirs) < VALUES
+    floor = 1e-3 * max(g.norm().item() for g in expected[1].values())
+    assert all(g.norm() == 0 for name, g in expected[1].items() if name not in actual[1])
+    for name, gradient in actual[1].items():
+        theirs = expected[1].get(name, torch.zeros_like(gradient))
+        assert relative_error(gradient, theirs, floor) < GRADIENTS, name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(c, marks=[] if i in FAST else pytest.mark.slow) for i, c in enumerate(CASES)],
+    ids=str,
+)
+def test_one_graph_with_the_right_gradients(changes: dict[str, Any]) -> None:
+    """Through the compiler's tracing and its automatic differentiation; no code is generated."""
+    model = build(**changes)
+    expected = outcome(model, inputs())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_same(outcome(compiled, inputs()), expected)
+
+
+def test_few_compilations_over_batch_sizes() -> None:
+    model = build()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for batch in (2, 3, 5):
+        assert_same(outcome(compiled, inputs(batch)), outcome(model, inputs(batch)))
+    assert counter.frame_count <= 2
+
+
+def test_bad_times_are_refused_where_they_are_used() -> None:
+    compiled = torch.compile(build(), backend="aot_eager", fullgraph=True)
+    given = inputs()
+    compiled(**given)
+    given["timeframes"] = given["timeframes"].clone()
+    given["timeframes"][0, 0] = 0
+    with pytest.raises(ValueError, match="`times` must be positive"):
+        compiled(**given)
+
+
+def test_propagation_operator() -> None:
+    """Registered as the compiler needs it: schema, shapes, autograd."""
+    model = build()
+    propagator, given = model.freq_conv, inputs()
+    signal = torch.randn(2, 5, 1, 8, requires_grad=True)
+    eigvecs = given["U_batch"].requires_grad_()
+    arguments = (
+        signal,
+        given["timeframes"] / 100,
+        eigvecs,
+        list(propagator.parameters()),
+        "graph",
+        "no_interaction",
+        "none",
+        0,
+        "dopri5",
+        1e-3,
+        1e-4,
+        False,
+        "joint",
+        0.0,
+        "torch",
+    )
+    torch.library.opcheck(
+        torch.ops.gfnode_fast.propagate.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", CASES[:3], ids=str)
+def test_generated_code(changes: dict[str, Any]) -> None:
+    model = build(**changes)
+    expected = outcome(model, inputs())
+    assert_same(outcome(torch.compile(model, fullgraph=True), inputs()), expected)
