@@ -11,6 +11,7 @@ from torch import Tensor
 from gfnode_fast.ops.compiled_solve import compiled_solve
 from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
 from gfnode_fast.ops.mode_rhs import right_hand_side
+from gfnode_fast.ops.triton_solve import triton_solve
 from gfnode_fast.reference.checks import check_choice
 from gfnode_fast.reference.propagator import LinearBasisRHS, ModeODE, ModeRHS, Propagator
 from gfnode_fast.solvers.exact import solve_exact
@@ -22,7 +23,7 @@ from gfnode_fast.solvers.per_molecule import solve_per_molecule
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import ADAPTIVE, FIXED_GRID
 
-SOLVE_BACKENDS = ("torch", "compiled")
+SOLVE_BACKENDS = ("torch", "compiled", "triton")
 CHAOTIC_TIME_MODES = ("posenc", "rope")
 
 
@@ -44,7 +45,7 @@ def propagate(
         times: (B, T) normalised times > 0.
         eigvecs: (B, N, N) for the graph basis, else ignored.
         stats: counts evaluations and steps when given.
-        backend: "torch", or "compiled" for torch.compile around the solver loop.
+        backend: "torch", "compiled" for torch.compile around the solver loop, or "triton".
         solver_mode: "joint" takes the published solver's steps; "per_molecule", "exact" and
             `fixed(step_size)` are those of `gfnode_fast.solvers`.
 
@@ -54,8 +55,10 @@ def propagate(
     Raises:
         ValueError: another backend; a solver_mode that this dynamics, solver or backend does not
             have; times that are not positive and finite, in a mode other than "joint".
-        RuntimeError: backend="compiled" with what it does not have (`check_compilable`).
-        SolverError: non-finite state or step underflow.
+        RuntimeError: backend="compiled" or "triton" with what it does not have (`check_compilable`,
+            `check_triton_solve`).
+        SolverError: non-finite state or step underflow; with backend="triton" on a GPU from
+            `stats`, later, and until then the values are NaN.
 
     Notes:
         With "joint": the published solver's accepted steps, values within rounding, gradients of
@@ -64,14 +67,17 @@ def propagate(
     check_choice("backend", backend, SOLVE_BACKENDS)
     check_mode_of("propagate", solver_mode, propagator.t_conv, backend)
     stats = SolveStats() if stats is None else stats
-    modes = _transform(propagator, signal, eigvecs)
-    if solver_mode != "joint":
+    transform_backend = "triton" if backend == "triton" else "auto"
+    modes = _transform(propagator, signal, eigvecs, transform_backend)
+    if backend == "triton":
+        solved = triton_solve(propagator.t_conv, modes, times, stats, solver_mode)
+    elif solver_mode != "joint":
         solved = _solve_in_mode(propagator.t_conv, modes, times, stats, solver_mode)
     elif backend == "compiled":
         solved = compiled_solve(propagator.t_conv, modes, times, stats)
     else:
         solved = _solve(propagator.t_conv, modes, times, stats)
-    return _transform_back(propagator, solved, signal.shape[1], eigvecs)
+    return _transform_back(propagator, solved, signal.shape[1], eigvecs, transform_backend)
 
 
 def check_mode_of(op: str, mode: object, ode: ModeODE, backend: str) -> None:
@@ -97,13 +103,15 @@ def _is_chaotic(ode: ModeODE) -> bool:
     return not isinstance(function, LinearBasisRHS) and function.time_mode in CHAOTIC_TIME_MODES
 
 
-def _transform(propagator: Propagator, signal: Tensor, eigvecs: Tensor | None) -> Tensor:
+def _transform(
+    propagator: Propagator, signal: Tensor, eigvecs: Tensor | None, backend: str
+) -> Tensor:
     """(B, N, D, C) → (M, B, D, C)."""
     if propagator.basis != "graph" or _is_chaotic(propagator.t_conv):
         return propagator.transform(signal, eigvecs)
     assert eigvecs is not None
     batch, _, components, channels = signal.shape
-    modes = graph_fourier(signal.flatten(2), eigvecs, propagator.num_modes)
+    modes = graph_fourier(signal.flatten(2), eigvecs, propagator.num_modes, backend=backend)
     return modes.view(batch, -1, components, channels).transpose(0, 1)
 
 
@@ -142,7 +150,7 @@ def _solve_in_mode(
 
 
 def _transform_back(
-    propagator: Propagator, solved: Tensor, num_atoms: int, eigvecs: Tensor | None
+    propagator: Propagator, solved: Tensor, num_atoms: int, eigvecs: Tensor | None, backend: str
 ) -> Tensor:
     """(B, T, D, M, C) → (T, B, N, D, C)."""
     solved = solved.permute(1, 0, 3, 2, 4)
@@ -150,5 +158,5 @@ def _transform_back(
         return propagator.transform_back(solved, num_atoms, eigvecs)
     assert eigvecs is not None
     times, batch, _, components, channels = solved.shape
-    signal = inverse_graph_fourier(solved.flatten(3), eigvecs)
+    signal = inverse_graph_fourier(solved.flatten(3), eigvecs, backend=backend)
     return signal.view(times, batch, num_atoms, components, channels)
