@@ -18,11 +18,13 @@ namespace baseline {  // 128-bit vectors: every x86-64 and arm64
 #include "tile.inc"
 #include "edge_layers.inc"
 #include "row_mlp.inc"
+#include "synthesis.inc"
 #undef GFNODE_LANES
 #undef GFNODE_TILE_ROWS
 #undef GFNODE_INLINE
 constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,    sum_backward,
-                        mlp_forward,  mlp_backward,  linear_forward, linear_backward};
+                        mlp_forward,  mlp_backward,  linear_forward, linear_backward,
+                        synthesis_forward, synthesis_backward};
 }  // namespace baseline
 
 // clang has no `#pragma GCC target`; there the compiler's own flags decide.
@@ -37,11 +39,13 @@ namespace avx2 {
 #include "tile.inc"
 #include "edge_layers.inc"
 #include "row_mlp.inc"
+#include "synthesis.inc"
 #undef GFNODE_LANES
 #undef GFNODE_TILE_ROWS
 #undef GFNODE_INLINE
 constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,    sum_backward,
-                        mlp_forward,  mlp_backward,  linear_forward, linear_backward};
+                        mlp_forward,  mlp_backward,  linear_forward, linear_backward,
+                        synthesis_forward, synthesis_backward};
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -53,11 +57,13 @@ namespace avx512 {
 #include "tile.inc"
 #include "edge_layers.inc"
 #include "row_mlp.inc"
+#include "synthesis.inc"
 #undef GFNODE_LANES
 #undef GFNODE_TILE_ROWS
 #undef GFNODE_INLINE
 constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,    sum_backward,
-                        mlp_forward,  mlp_backward,  linear_forward, linear_backward};
+                        mlp_forward,  mlp_backward,  linear_forward, linear_backward,
+                        synthesis_forward, synthesis_backward};
 }  // namespace avx512
 #pragma GCC pop_options
 #endif

@@ -2,10 +2,11 @@
 #pragma once
 #include "edge_layers.h"
 #include "row_mlp.h"
+#include "synthesis.h"
 
 namespace gfnode {
 
-// `begin`, `end`: edges of every copy, or rows.
+// `begin`, `end`: edges of every copy, rows, or molecules.
 struct Kernels {
   void (*egnn_forward)(const EgnnEdges &, int64_t begin, int64_t end);
   void (*egnn_backward)(const EgnnEdges &, const EgnnGrads &, const EgnnWeightGrads &, int64_t begin,
@@ -16,6 +17,8 @@ struct Kernels {
   void (*mlp_backward)(const RowMlp &, const RowMlpGrads &, int64_t begin, int64_t end);
   void (*linear_forward)(const RowLinear &, int64_t begin, int64_t end);
   void (*linear_backward)(const RowLinear &, float *weight, int64_t begin, int64_t end);
+  void (*synthesis_forward)(const Synthesis &, int64_t begin, int64_t end);
+  void (*synthesis_backward)(const Synthesis &, const SynthesisGrads &, int64_t begin, int64_t end);
 };
 
 // Those of the widest instruction set this processor has.

@@ -224,9 +224,11 @@ class FourierMD(reference.FourierMD):
         with torch.autocast(signal.device.type, enabled=False):
             signal = signal.to(self.embedding.weight.dtype)
             if is_opaque:
-                return propagate_opaque(
+                out = propagate_opaque(
                     propagator, signal, s, eigvecs, solver_mode=self.solver_mode, backend=backend
                 )
+                residual: Tensor = signal + self.activation(out)
+                return residual
             return propagate(
                 propagator,
                 signal,
@@ -235,6 +237,7 @@ class FourierMD(reference.FourierMD):
                 stats,
                 backend=backend,
                 solver_mode=self.solver_mode,
+                activation=self.activation,
             )
 
 

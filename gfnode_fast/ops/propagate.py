@@ -6,11 +6,14 @@ output times, except for fixed-step solvers on the published union grid.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from gfnode_fast.ops.compiled_solve import compiled_solve
 from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
 from gfnode_fast.ops.mode_rhs import right_hand_side
+from gfnode_fast.ops.synthesis import serves, synthesise_solved
 from gfnode_fast.ops.triton_solve import triton_solve
 from gfnode_fast.reference.checks import check_choice
 from gfnode_fast.reference.propagator import LinearBasisRHS, ModeODE, ModeRHS, Propagator
@@ -36,6 +39,7 @@ def propagate(
     *,
     backend: str = "torch",
     solver_mode: SolverMode = "joint",
+    activation: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The propagator's output with its own parameters, without the published output handling.
 
@@ -48,6 +52,8 @@ def propagate(
         backend: "torch", "compiled" for torch.compile around the solver loop, or "triton".
         solver_mode: "joint" takes the published solver's steps; "per_molecule", "exact" and
             `fixed(step_size)` are those of `gfnode_fast.solvers`.
+        activation: when given, what the model does next is done here: the result is the signal
+            plus the activation of what was propagated, in one pass where it is compiled.
 
     Returns:
         (T, B, N, D, C).
@@ -77,7 +83,7 @@ def propagate(
         solved = compiled_solve(propagator.t_conv, modes, times, stats)
     else:
         solved = _solve(propagator.t_conv, modes, times, stats)
-    return _transform_back(propagator, solved, signal.shape[1], eigvecs, transform_backend)
+    return _transform_back(propagator, solved, signal, eigvecs, activation, transform_backend)
 
 
 def check_mode_of(op: str, mode: object, ode: ModeODE, backend: str) -> None:
@@ -150,13 +156,24 @@ def _solve_in_mode(
 
 
 def _transform_back(
-    propagator: Propagator, solved: Tensor, num_atoms: int, eigvecs: Tensor | None, backend: str
+    propagator: Propagator,
+    solved: Tensor,
+    signal: Tensor,
+    eigvecs: Tensor | None,
+    activation: Callable[[Tensor], Tensor] | None,
+    backend: str,
 ) -> Tensor:
     """(B, T, D, M, C) → (T, B, N, D, C)."""
-    solved = solved.permute(1, 0, 3, 2, 4)
     if propagator.basis != "graph":
-        return propagator.transform_back(solved, num_atoms, eigvecs)
-    assert eigvecs is not None
-    times, batch, _, components, channels = solved.shape
-    signal = inverse_graph_fourier(solved.flatten(3), eigvecs, backend=backend)
-    return signal.view(times, batch, num_atoms, components, channels)
+        out = propagator.transform_back(solved.permute(1, 0, 3, 2, 4), signal.shape[1], eigvecs)
+    else:
+        assert eigvecs is not None
+        if (
+            activation is not None
+            and backend != "triton"
+            and serves(solved, eigvecs, signal, activation)
+        ):
+            return synthesise_solved(solved, eigvecs, signal, activation)
+        modes = solved.permute(1, 0, 3, 2, 4).flatten(3)
+        out = inverse_graph_fourier(modes, eigvecs, backend=backend).unflatten(3, signal.shape[2:])
+    return out if activation is None else signal + activation(out)

@@ -269,22 +269,20 @@ class FourierMD(nn.Module):
         vectors = torch.stack((x - loc_mean, v), dim=-1).view(*batch_shape, 3, VECTOR_CHANNELS)
         features_t = features.expand(num_times, *features.shape)
         if self.propagate_h:
-            features_t = features + self.activation(
-                self._propagated(self.freq_conv, features, s, eigvecs)
-            )
+            features_t = self._propagated(self.freq_conv, features, s, eigvecs)
         vectors_t = vectors.expand(num_times, *vectors.shape)
         if self.propagate_x:
-            vectors_t = vectors + self.activation(
-                self._propagated(self.freq_conv_x, vectors, s, eigvecs)
-            )
+            vectors_t = self._propagated(self.freq_conv_x, vectors, s, eigvecs)
         x_t = vectors_t[..., 0].reshape(-1, 3) + loc_mean.repeat(num_times, 1)
         return x_t, vectors_t[..., 1].reshape(-1, 3), features_t.reshape(-1, h.shape[1])
 
     def _propagated(
         self, propagator: Propagator, signal: Tensor, s: Tensor, eigvecs: Tensor | None
     ) -> Tensor:
-        """The one place where a faster model puts its own propagation."""
-        out: Tensor = propagator(signal, s, eigvecs)
+        """Signal at times s, residual included: the one place where a faster model puts its own
+        propagation.
+        """
+        out: Tensor = signal + self.activation(propagator(signal, s, eigvecs))
         return out
 
     def _frame_embedding(self, timeframes: Tensor, num_atoms: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,100 @@
+"""The compiled inverse graph Fourier transform of a solve, with what the model does next.
+
+    out[t, b, n] = signal[b, n] + act(Σ_m U[b, n, m] values[b, t, :, m])
+
+Registered as `gfnode_fast::synthesis`, float32 on the CPU. Ownership and cost:
+csrc/cpu/synthesis.h. Its gradient forms the activation's argument again; nothing of the output's
+size is kept. Once differentiable; a second derivative is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from gfnode_fast._extension import REBUILD, why_no_extension
+from gfnode_fast.ops.graph_layers_cpp import ACTIVATIONS
+
+_registered = False
+
+
+def why_not_compiled() -> str | None:
+    """None when the compiled kernel is there, else what is missing."""
+    global _registered
+    if problem := why_no_extension():
+        return problem
+    if not hasattr(torch.ops.gfnode_fast, "synthesis"):
+        return f"the extension was built without it; {REBUILD}"
+    if not _registered:
+        _register()
+        _registered = True
+    return None
+
+
+why_not_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see graph_layers_cpp
+
+
+def serves(
+    values: Tensor, eigvecs: Tensor, signal: Tensor, activation: Callable[[Tensor], Tensor]
+) -> bool:
+    """Whether `synthesise_solved` has these arguments."""
+    return (
+        type(activation) in ACTIVATIONS
+        and all(t.dtype == torch.float32 and t.is_cpu for t in (values, eigvecs, signal))
+        and not eigvecs.requires_grad
+        and why_not_compiled() is None
+    )
+
+
+def synthesise_solved(
+    values: Tensor, eigvecs: Tensor, signal: Tensor, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """values (B, T, D, M, C), eigvecs (B, N, N), signal (B, N, D, C) → (T, B, N, D, C)."""
+    out: Tensor = torch.ops.gfnode_fast.synthesis(
+        values.contiguous(),
+        eigvecs.contiguous(),
+        signal.flatten(2).contiguous(),
+        ACTIVATIONS[type(activation)],  # type: ignore[index]
+    )
+    shaped: Tensor = out.unflatten(3, signal.shape[2:])
+    return shaped
+
+
+def _register() -> None:
+    op = "gfnode_fast::synthesis"
+    torch.library.register_fake(op, _fake)
+    torch.library.register_fake(f"{op}_backward", _backward_fake)
+    torch.library.register_autograd(op, _backward, setup_context=_context)
+    torch.library.register_autograd(f"{op}_backward", _no_second_derivative)
+
+
+def _fake(values: Tensor, eigvecs: Tensor, signal: Tensor, activation: int) -> Tensor:
+    return values.new_empty(values.shape[1], *signal.shape)
+
+
+def _backward_fake(
+    grad: Tensor, values: Tensor, eigvecs: Tensor, signal: Tensor, activation: int
+) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape), values.new_empty(signal.shape)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, signal = torch.ops.gfnode_fast.synthesis_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.activation
+    )
+    return values, None, signal, None
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise RuntimeError(
+        "synthesis: `activation` must be applied outside `propagate` for a second derivative, got "
+        "it inside; leave it out and apply it to the result"
+    )

@@ -1,0 +1,101 @@
+"""The compiled inverse transform of a solve: equal to the float64 formula, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gfnode_fast.ops import synthesis
+from gfnode_fast.ops.propagate import propagate
+from op_checks import opcheck, relative_error
+from spectral import outputs_and_gradients, propagator, signals
+
+pytestmark = pytest.mark.skipif(
+    synthesis.why_not_compiled() is not None, reason=f"{synthesis.why_not_compiled()}"
+)
+# Measured: 1e-7.
+BOUND = 2e-6
+SIZES = [(3, 2, 1, 2, 64, 13), (2, 3, 3, 2, 2, 13), (1, 1, 1, 1, 1, 1), (2, 2, 3, 5, 7, 5)]
+SIZES += [(5, 1, 1, 4, 17, 9), (0, 2, 1, 2, 4, 3)]
+
+
+def inputs(batch: int, times: int, parts: int, modes: int, width: int, atoms: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(batch + atoms)
+    shapes = [(batch, times, parts, modes, width), (batch, atoms, atoms)]
+    shapes.append((batch, atoms, parts, width))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def formula(values: Tensor, eigvecs: Tensor, signal: Tensor, activation: nn.Module) -> Tensor:
+    kept = eigvecs[:, :, : values.shape[3]]
+    return signal + activation(torch.einsum("bnm,btdmc->tbndc", kept, values))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.Tanh()], ids=str)
+@pytest.mark.usefixtures("poison_all_memory")
+def test_against_the_formula(size: tuple[int, ...], activation: nn.Module) -> None:
+    exact = inputs(*size)
+    single = [tensor.float() for tensor in exact]
+    for values, _, signal in (exact, single):
+        values.requires_grad_()
+        signal.requires_grad_()
+    assert synthesis.serves(*single, activation)
+    expected = formula(*exact, activation)
+    actual = synthesis.synthesise_solved(*single, activation)
+    assert actual.shape == expected.shape
+    assert relative_error(actual, expected) < BOUND
+    cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    wanted = torch.autograd.grad(expected, (exact[0], exact[2]), cotangent.double())
+    got = torch.autograd.grad(actual, (single[0], single[2]), cotangent)
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.shape == theirs.shape
+        assert relative_error(mine, theirs) < BOUND
+
+
+def test_strides_and_determinism() -> None:
+    values, eigvecs, signal = (tensor.float() for tensor in inputs(3, 2, 3, 2, 4, 5))
+    first = synthesis.synthesise_solved(values, eigvecs, signal, nn.SiLU())
+    turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (values, eigvecs, signal)]
+    assert torch.equal(first, synthesis.synthesise_solved(*turned, nn.SiLU()))
+    shared = eigvecs[:1].expand(3, -1, -1)
+    again = synthesis.synthesise_solved(values, shared, signal, nn.SiLU())
+    alone = synthesis.synthesise_solved(values[2:], eigvecs[:1], signal[2:], nn.SiLU())
+    assert torch.equal(again[:, 2:], alone)
+
+
+def test_registered() -> None:
+    values, eigvecs, signal = (tensor.float() for tensor in inputs(2, 2, 1, 2, 4, 5))
+    rows = signal.flatten(2)
+    ops = torch.ops.gfnode_fast
+    out = ops.synthesis(values, eigvecs, rows, 0)
+    opcheck(ops.synthesis_backward, out, values, eigvecs, rows, 0)
+    opcheck(ops.synthesis, values.requires_grad_(), eigvecs, rows.requires_grad_(), 0)
+
+
+def test_second_derivatives_are_refused() -> None:
+    values, eigvecs, signal = (tensor.float() for tensor in inputs(2, 2, 1, 2, 4, 5))
+    out = synthesis.synthesise_solved(values.requires_grad_(), eigvecs, signal, nn.SiLU())
+    (grad,) = torch.autograd.grad(out.square().sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.ReLU()], ids=str)
+@pytest.mark.parametrize("basis", ["graph", "linear", None])
+def test_propagate_with_an_activation(activation: nn.Module, basis: str | None) -> None:
+    """Compiled or not, it is the signal plus the activation of what was propagated."""
+    model = propagator(basis, num_modes=5 if basis is None else 3).float()
+    given = [tensor.float() for tensor in signals(components=3)]
+
+    def apart(*arguments: Tensor) -> Tensor:
+        return arguments[1] + activation(propagate(*arguments))
+
+    def together(*arguments: Tensor) -> Tensor:
+        return propagate(*arguments, activation=activation)
+
+    expected = outputs_and_gradients(apart, model, *given)
+    actual = outputs_and_gradients(together, model, *given)
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < 1e-5, name
