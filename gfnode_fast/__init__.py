@@ -3,18 +3,20 @@
 from gfnode_fast import data, ops, reference, solvers
 from gfnode_fast._version import __version__
 from gfnode_fast.info import info
-from gfnode_fast.nn import FourierMD
+from gfnode_fast.nn import FourierMD, accelerate, restore
 from gfnode_fast.training import evaluate, predict, train
 
 __all__ = [
     "FourierMD",
     "__version__",
+    "accelerate",
     "data",
     "evaluate",
     "info",
     "ops",
     "predict",
     "reference",
+    "restore",
     "solvers",
     "train",
 ]

@@ -1,5 +1,6 @@
 """Modules with the reference's parameters and a faster forward."""
 
+from gfnode_fast.nn.accelerate import accelerate, restore
 from gfnode_fast.nn.fourier_md import FourierMD
 
-__all__ = ["FourierMD"]
+__all__ = ["FourierMD", "accelerate", "restore"]

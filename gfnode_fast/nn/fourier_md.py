@@ -107,7 +107,8 @@ class FourierMD(reference.FourierMD):
         check_request(self._request())
         self.last_solve = {"freq_conv": SolveStats(), "freq_conv_x": SolveStats()}
         self._chosen: dict[tuple[object, ...], dict[str, Part]] = {}
-        self._parts()
+        if self.embedding.weight.device.type != "meta":
+            self._parts()
 
     def backend_report(self) -> BackendReport:
         """What runs in each part on the parameters' device, and why.

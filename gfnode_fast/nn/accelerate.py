@@ -1,0 +1,233 @@
+"""An existing model made fast in place, sharing its parameters, and made slow again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gfnode_fast.nn.arguments import arguments_of
+from gfnode_fast.nn.backends import BackendReport
+from gfnode_fast.nn.fourier_md import FourierMD
+from gfnode_fast.solvers.mode import SolverMode
+from gfnode_fast.solvers.stats import SolveStats
+
+# What shapes do not tell, hence must be attributes of the model, or given.
+UNTOLD = (
+    "activation",
+    "delta_frame",
+    "fourier_basis",
+    "no_ode",
+    "norm",
+    "num_atoms",
+    "num_timesteps",
+    "propagate_h",
+    "propagate_x",
+    "rtol",
+    "atol",
+    "solver",
+)
+CHANGEABLE = ("num_atoms", "num_timesteps", "delta_frame")  # which training code sets later
+
+
+class AcceleratedForward:
+    """`forward` of an accelerated model: our arithmetic on its parameters.
+
+    Attributes:
+        fast: the `FourierMD` that computes; its parameters are the model's own.
+    """
+
+    def __init__(self, model: nn.Module, fast: FourierMD) -> None:
+        self.model = model
+        self.fast = fast
+        self.replaced = model.__dict__.get("forward")
+        self.modules = [
+            (parent, name, child)
+            for parent in model.modules()
+            for name, child in parent.named_children()
+        ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        for parent, name, child in self.modules:
+            if parent._modules.get(name) is not child:
+                raise RuntimeError(
+                    f"accelerate: `model.{name}` must be the module that was accelerated, got "
+                    "another; call restore(model), then accelerate(model) again"
+                )
+        for name in CHANGEABLE:
+            value = getattr(self.model, name, None)
+            if value is not None:
+                setattr(self.fast, name, value)
+        if self.fast.training != self.model.training:
+            self.fast.train(self.model.training)
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = self.fast(*args, **kwargs)
+        return outputs
+
+    def backend_report(self) -> BackendReport:
+        """What runs in each part, and why."""
+        return self.fast.backend_report()
+
+    @property
+    def last_solve(self) -> dict[str, SolveStats]:
+        """Evaluations and steps of the last forward pass, per propagator."""
+        return self.fast.last_solve
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    backend: str | None = "auto",
+    precision: str = "fp32",
+    solver_mode: SolverMode = "joint",
+    recompute: bool = False,
+    **arguments: Any,
+) -> nn.Module:
+    """Give an existing model of the published kind the forward of `gfnode_fast.FourierMD`.
+
+    Args:
+        model: `gfnode_fast.reference.FourierMD`, or any module with the published state_dict,
+            such as an instance of the authors' class. Not a wrapper around one (DDP,
+            torch.compile): accelerate first, then wrap.
+        backend, precision, solver_mode, recompute: as `gfnode_fast.FourierMD` takes them.
+        arguments: published constructor arguments that neither shapes nor attributes of the model
+            tell. Read from attributes of the same name, unless given: activation, delta_frame,
+            fourier_basis (None where nothing is transformed), no_ode, norm, num_atoms,
+            num_timesteps, propagate_h, propagate_x, rtol, atol, solver; time_mode where it is
+            "concat", "posenc" or "rope".
+
+    Returns:
+        The model itself. It keeps its class, modules, parameters, state_dict, hooks, optimizers;
+        it can be wrapped, copied, pickled, moved, and put in train or eval mode as before. Its
+        `forward` is an `AcceleratedForward`, with `backend_report()` and `last_solve`.
+
+    Raises:
+        TypeError: not a module, or one of ours that is fast already.
+        ValueError: accelerated already; names what is missing of the published attributes and
+            state_dict; arguments that `FourierMD` refuses.
+        RuntimeError: a backend that is not there; in `forward`, a submodule replaced since.
+
+    Notes:
+        Hooks on the model run, hooks on its submodules do not. num_atoms, num_timesteps and
+        delta_frame are read at every call, the rest once.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"accelerate: `model` must be an nn.Module, got {type(model).__name__}; pass the model"
+        )
+    if isinstance(model, FourierMD):
+        raise TypeError(
+            "accelerate: `model` must be a published model, got gfnode_fast.FourierMD; it is fast "
+            "already, choose its backend at construction"
+        )
+    if isinstance(model.__dict__.get("forward"), AcceleratedForward):
+        raise ValueError(
+            "accelerate: `model` must not be accelerated, got one that is; call restore(model) "
+            "first"
+        )
+    published = _published_arguments(model, arguments)
+    with torch.random.fork_rng(devices=()), torch.device("meta"):  # no numbers drawn, no memory
+        fast = FourierMD(
+            **published,
+            device="meta",
+            backend=backend,
+            precision=precision,
+            solver_mode=solver_mode,
+            recompute=recompute,
+        )
+    _check_state(model, fast)
+    for name, module in fast.named_modules():
+        if module._parameters:
+            # The table itself, so that whatever is later put into the model is in both.
+            module._parameters = _table_of(model, name, module)
+    fast.backend_report()
+    model.forward = AcceleratedForward(model, fast)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate`: the model computes with its own forward again.
+
+    Args:
+        model: one that was accelerated.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: it is not accelerated.
+    """
+    forward = getattr(model, "__dict__", {}).get("forward")
+    if not isinstance(forward, AcceleratedForward):
+        raise ValueError(
+            "restore: `model` must be accelerated, got one that is not; pass what accelerate "
+            "returned"
+        )
+    del model.forward
+    if forward.replaced is not None:
+        model.forward = forward.replaced
+    return model
+
+
+def _published_arguments(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    right_hand_side = dict(model.named_modules()).get("freq_conv.t_conv.ode_func")
+    time_mode = given.get("time_mode", getattr(model, "time_mode", None))
+    if time_mode is None:
+        time_mode = getattr(right_hand_side, "time_mode", None)
+    try:
+        arguments = arguments_of("accelerate", model.state_dict(), time_mode=time_mode)
+    except LookupError as error:
+        raise ValueError(
+            f"accelerate: `model` must have the published state_dict, got one without a usable "
+            f"{error}; pass a FourierMD, not a wrapper around one"
+        ) from error
+    linear = arguments["fourier_basis"] == "linear"
+    known: dict[str, Any] = {"with_v": True}
+    if linear:
+        known["fourier_basis"] = "linear"
+    if arguments["gnn_ablation_mode"] != "egnn":
+        known["norm"] = False  # which concerns distances, formed by EGNN alone
+    missing = []
+    for name in UNTOLD:
+        if name in given:
+            known[name] = given[name]
+        elif hasattr(model, name):
+            known[name] = getattr(model, name)
+        elif name not in known:
+            missing.append(name)
+    if missing:
+        raise ValueError(
+            f"accelerate: `model` must have the attributes {', '.join(missing)}, got "
+            f"{type(model).__name__} without; pass them by keyword"
+        )
+    unknown = sorted(set(given) - {*UNTOLD, "time_mode"})
+    if unknown:
+        raise ValueError(
+            f"accelerate: `{unknown[0]}` must be one of {', '.join(UNTOLD)} or time_mode, got an "
+            "unknown argument or one that the shapes tell; leave it out"
+        )
+    known["no_fourier"] = known["fourier_basis"] is None
+    return arguments | known
+
+
+def _check_state(model: nn.Module, fast: FourierMD) -> None:
+    """The same names and shapes, as load_state_dict(strict=True) asks for."""
+    theirs = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    ours = {name: tuple(value.shape) for name, value in fast.state_dict().items()}
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"accelerate: `model` must have {name} of shape {ours.get(name, 'none')}, got "
+                f"{theirs.get(name, 'none')}; pass a module with the published state_dict"
+            )
+
+
+def _table_of(model: nn.Module, name: str, like: nn.Module) -> dict[str, nn.Parameter | None]:
+    table = model.get_submodule(name)._parameters
+    if missing := sorted(set(like._parameters) - set(table)):
+        raise ValueError(
+            f"accelerate: `model.{name}` must hold {missing[0]}, got "
+            f"{type(model.get_submodule(name)).__name__} without; remove parametrizations first"
+        )
+    return table
