@@ -47,6 +47,7 @@ def info() -> dict[str, Any]:
             environment makes of it (a model's own `backend_report` tells all its parts).
         verified_gpus: GPU families on which the Triton kernels have passed → the committed result.
         solvers: the methods solved here, and those left to torchdiffeq with the published costs.
+        spectra: counters of the caches of spectra that live.
         extension: `available`, `why_not`, `build` (what the installation asked for, built, and why
             no more) and `binary` (what the loaded binary says of itself).
 
@@ -63,6 +64,7 @@ def info() -> dict[str, Any]:
         "auto": _chosen(),
         "verified_gpus": dict(verified_gpus()),
         "solvers": _solvers(),
+        "spectra": _spectra(),
         "extension": _extension(),
     }
 
@@ -163,6 +165,12 @@ def _solvers() -> dict[str, list[str]]:
 
     theirs = [name for name in SOLVERS if name not in TABLEAUS and name != "scipy_solver"]
     return {"own": list(TABLEAUS), "torchdiffeq": theirs}
+
+
+def _spectra() -> dict[str, Any]:
+    from gfnode_fast.spectra.cache import counters_of_all
+
+    return {"caches": counters_of_all()}
 
 
 def _extension() -> dict[str, Any]:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from gfnode_fast.cli import console
+from gfnode_fast.cli.spectrum_figure import draw_spectrum
 from gfnode_fast.data import inspect_trajectory, simulate
 from gfnode_fast.data.readers import Format
 from gfnode_fast.info import info as describe_installation
+from gfnode_fast.spectra import spectral_gap_report
 from gfnode_fast.training import (
     ConfigError,
     TrainConfig,
@@ -23,7 +25,7 @@ from gfnode_fast.training import (
 )
 from gfnode_fast.training.config import DataConfig
 from gfnode_fast.training.demo import REQUIRED_IMPROVEMENT
-from gfnode_fast.training.problem import load_problem, read_trajectory
+from gfnode_fast.training.problem import load_problem, molecule_graph, read_trajectory
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -188,6 +190,47 @@ def inspect_command(
         console.say_json(found)
     else:
         console.say_nested(found)
+    return OK
+
+
+def spectrum_command(
+    file: str,
+    dt_fs: float | None = None,
+    topology: str | None = None,
+    format: Format | None = None,
+    heavy_only: bool = True,
+    bonds: Literal["covalent", "published"] = "covalent",
+    output: str = "spectrum.png",
+    json: bool = False,
+) -> int:
+    """Print and draw the spectrum of a molecule's graph: which numbers of modes are safe.
+
+    Args:
+        file: a trajectory, or sample:aspirin or sample:ethanol.
+        dt_fs: time between frames, fs, where the file does not say.
+        topology: for DCD, XTC and H5 files.
+        format: where the file does not tell.
+        heavy_only: drop hydrogens.
+        bonds: covalent radii, or the published 1.6 Å rule.
+        output: the picture, a PNG.
+    """
+    data = DataConfig(
+        file, dt_fs, topology=topology, format=format, heavy_only=heavy_only, bonds=bonds
+    )
+    trajectory = read_trajectory(data)
+    graph = molecule_graph(trajectory, data)
+    draw_spectrum(graph, trajectory.positions[0], output)
+    spaces = spectral_gap_report(graph.eigenvalues, 1).spaces
+    if json:
+        rows = [{"eigenvalue": v, "first_mode": k, "modes": count} for v, k, count in spaces]
+        console.say_json({"atoms": graph.num_atoms, "edges": graph.num_edges, "eigenspaces": rows})
+        return OK
+    console.say(f"{graph.num_atoms} atoms, {graph.num_edges} directed edges")
+    console.say_table(
+        ("eigenvalue", "first mode", "modes", "safe M"),
+        [(f"{abs(v):.6f}", str(k), str(count), str(k + count)) for v, k, count in spaces],
+    )
+    console.say(f"picture: {output}")
     return OK
 
 

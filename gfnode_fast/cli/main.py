@@ -40,6 +40,7 @@ _COMMANDS: dict[str, _Command] = {
 _DATA_COMMANDS: dict[str, _Command] = {
     "inspect": commands.inspect_command,
     "simulate": commands.simulate_command,
+    "spectrum": commands.spectrum_command,
 }
 
 # "op: `name` must be …" is how this package words what is wrong with an argument; any other

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gfnode_fast.data.elements import covalent_radii
 from gfnode_fast.data.trajectory import Array
+from gfnode_fast.spectra import Graphs, graph_spectrum
 
 Bonds = Literal["covalent", "published"]
 
@@ -99,10 +100,9 @@ def build_graph(
 
     Notes
     -----
-    Distances and eigenvectors are computed in float64. The sign of an eigenvector is chosen so
-    that its largest component (the first of equal ones) is positive; the basis of a degenerate
-    eigenvalue remains LAPACK's choice and may differ between machines, so store the basis with
-    anything trained on it. Memory is quadratic in N, time cubic (`eigh`), once per molecule.
+    Distances and eigenvectors are computed in float64. Signs, and bases of repeated eigenvalues,
+    are those of `gfnode_fast.spectra.canonical_basis`: the same on every machine. Memory is
+    quadratic in N, time cubic, once per molecule.
 
     Source: GF-NODE (arXiv 2411.01600), data preparation.
     """
@@ -124,22 +124,20 @@ def build_graph(
     adjacency = (hops > 0).astype(np.float64)
     degree = adjacency.sum(axis=1)
     laplacian = np.diag(degree) - adjacency
-    eigenvalues, eigvecs = np.linalg.eigh(laplacian)
-    magnitude = np.abs(eigvecs)
-    # "Largest" up to rounding: symmetric molecules have equal components.
-    largest = np.argmax(magnitude > magnitude.max(axis=0) - 1e-6, axis=0)
-    eigvecs = eigvecs * np.sign(eigvecs[largest, np.arange(num_atoms)])
+    edges = torch.from_numpy(np.stack([row, col]).astype(np.int64))
+    one_graph = Graphs(edges[0], edges[1], torch.tensor([0, num_atoms]))
+    eigenvalues, eigvecs = graph_spectrum(one_graph, dtype=torch.float64)
     return MolecularGraph(
         numbers=torch.from_numpy(numbers),
-        row=torch.from_numpy(row.astype(np.int64)),
-        col=torch.from_numpy(col.astype(np.int64)),
+        row=edges[0],
+        col=edges[1],
         hops=torch.from_numpy(hops[row, col].astype(np.int64)),
         stick=torch.from_numpy(stick[row, col].astype(np.int64)),
         degree=torch.from_numpy(degree),
         adjacency=torch.from_numpy(adjacency),
         laplacian=torch.from_numpy(laplacian),
-        eigenvalues=torch.from_numpy(eigenvalues),
-        eigvecs=torch.from_numpy(np.ascontiguousarray(eigvecs)),
+        eigenvalues=eigenvalues[0],
+        eigvecs=eigvecs[0],
     )
 
 

@@ -55,6 +55,7 @@ from gfnode_fast.training.problem import (
     load_problem,
     resolve_device,
     torch_dtype,
+    warn_if_modes_cut,
 )
 
 
@@ -173,6 +174,8 @@ class _Run:
         self.position = _Position()
         if checkpoint is not None:
             self._restore(checkpoint)
+        else:
+            warn_if_modes_cut(config, self.problem.graph)
         self.output.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsLog(
             self.output, keep_rows=self.position.rows, tensorboard=config.tensorboard

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,10 @@ from gfnode_fast.data import (
     load_windows,
 )
 from gfnode_fast.nn import FourierMD
+from gfnode_fast.spectra import spectral_gap_report
 from gfnode_fast.training.config import SAMPLE_PREFIX, ConfigError, DataConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
 
 NODE_FEATURES = 2
 EDGE_FEATURES = 5
@@ -158,6 +162,16 @@ def build_model(config: TrainConfig, num_atoms: int, *, backend: str | None = No
         num_atoms=num_atoms,
         **asdict(model),
     )
+
+
+def warn_if_modes_cut(config: TrainConfig, graph: MolecularGraph) -> None:
+    """Log a warning where the model's M modes end inside an eigenspace."""
+    model = config.model
+    if model.fourier_basis != "graph" or model.no_fourier:
+        return
+    report = spectral_gap_report(graph.eigenvalues, model.num_modes)
+    if report.cuts:
+        logger.warning("train: %s", report)
 
 
 def resolve_device(name: str) -> torch.device:

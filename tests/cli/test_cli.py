@@ -212,6 +212,20 @@ def test_inspect(trajectory_file, capsys):
     assert json.loads(capsys.readouterr().out)["num_frames"] == 400
 
 
+def test_spectrum(trajectory_file, tmp_path, capsys):
+    picture = tmp_path / "spectrum.png"
+    arguments = ["data", "spectrum", str(trajectory_file), "--output", str(picture)]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 atoms, 6 directed edges"
+    assert [line.split() for line in lines[2:4]] == [
+        ["0.000000", "0", "1", "1"], ["3.000000", "1", "2", "3"],
+    ]  # fmt: skip
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eigenspaces"][1]["modes"] == 2
+
+
 def test_simulate_passes_its_options(monkeypatch, capsys):
     asked = {}
 
@@ -253,8 +267,10 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
 def test_the_library_prints_nothing(config_file, tmp_path):
     script = (
         "import sys, yaml\n"
+        "from dataclasses import replace\n"
         "from gfnode_fast.training import *\n"
         f"config = config_from_dict(yaml.safe_load(open({str(config_file)!r})))\n"
+        "config = replace(config, model=replace(config.model, num_modes=3))\n"  # warns of 2
         "train(config); evaluate(config.output)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

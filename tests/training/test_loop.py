@@ -486,6 +486,17 @@ def test_too_many_modes_are_said(trajectory_file, tmp_path):
         train(config)
 
 
+def test_modes_that_cut_an_eigenspace_are_warned_of_once(trajectory_file, tmp_path, caplog):
+    config = small_config(trajectory_file, tmp_path / "cut", max_steps=1)
+    train(config)  # two modes of a triangle: 0, 3, 3
+    train(replace(config, max_steps=2), resume=True)
+    assert caplog.text.count("2 modes cut the eigenspace of eigenvalue 3, modes 1 to 2") == 1
+    assert "3 modes are the nearest safe number" in caplog.text
+    caplog.clear()
+    train(small_config(trajectory_file, tmp_path / "whole", max_steps=1, model={"num_modes": 3}))
+    assert "cut the eigenspace" not in caplog.text
+
+
 def test_unknown_rigid_bonds_are_said(trajectory_file, tmp_path):
     config = small_config(trajectory_file, tmp_path / "run", data={"rigid_bonds": "caffeine"})
     with pytest.raises(ConfigError, match="`data.rigid_bonds`"):

@@ -1,0 +1,142 @@
+"""The canonical basis does not depend on the solver, the batch or the numbering of nodes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gfnode_fast.data import build_graph, load_sample
+from gfnode_fast.spectra import canonical_basis, eigenspaces, graph_spectrum, spectral_gap_report
+from graph_shapes import batch_of, benzene, complete, laplacian, path, random, ring, star
+
+SHAPES = {
+    "ring": ring(6), "benzene": benzene(), "complete": complete(5), "path": path(7),
+    "star": star(8), "two triangles": torch.block_diag(ring(3), ring(3)),
+    "random": random(13, 0), "sparse": random(11, 1, 0.15), "one": path(1),
+    "no edges": torch.zeros(3, 3, dtype=torch.float64),
+}  # fmt: skip
+
+
+def rotated(w: Tensor, V: Tensor, seed: int = 0) -> Tensor:
+    """Another basis of every eigenspace, as another solver might give it."""
+    generator = torch.Generator().manual_seed(seed)
+    V = V.clone()
+    spaces = eigenspaces(w[None])[0]
+    for space in spaces.unique():
+        columns = (spaces == space).nonzero().flatten()
+        square = torch.randn(len(columns), len(columns), generator=generator, dtype=V.dtype)
+        V[:, columns] = V[:, columns] @ torch.linalg.qr(square).Q
+    return V
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_it_is_an_eigenbasis_whatever_basis_came(name):
+    matrix = laplacian(SHAPES[name])
+    w, V = torch.linalg.eigh(matrix)
+    U = canonical_basis(w, V)
+    torch.testing.assert_close(matrix @ U, U * w, atol=1e-13, rtol=0)
+    torch.testing.assert_close(U.T @ U, torch.eye(len(w), dtype=U.dtype), atol=1e-13, rtol=0)
+    for seed in range(3):
+        again = canonical_basis(w, rotated(w, V, seed))
+        torch.testing.assert_close(again, U, atol=1e-10, rtol=0)
+
+
+def automorphism(a: Tensor, b: Tensor, U: Tensor, W: Tensor) -> bool:
+    """Whether some renumbering takes (b, W) to (a, U): rows of equal values, then the edges."""
+    key = [tuple(np.round(row, 6) + 0.0) for row in W.numpy()]
+    where = {k: i for i, k in enumerate(key)}
+    if len(where) < len(key):
+        return sorted(key) == sorted(tuple(np.round(row, 6) + 0.0) for row in U.numpy())
+    place = [where.get(tuple(np.round(row, 6) + 0.0)) for row in U.numpy()]
+    return None not in place and torch.equal(b[place][:, place], a)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_renumbering_permutes_rows_up_to_symmetry(name, seed):
+    a = SHAPES[name]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(a), generator=generator)
+    b = a[order][:, order]
+    U = canonical_basis(*torch.linalg.eigh(laplacian(a)))
+    W = canonical_basis(*torch.linalg.eigh(laplacian(b)))
+    if name == "random":  # without symmetry: exactly the rows
+        torch.testing.assert_close(W, U[order], atol=1e-10, rtol=0)
+    assert automorphism(a, b, U, W)
+
+
+def test_a_batch_is_its_graphs():
+    graphs = batch_of(list(SHAPES.values()))
+    spectrum = graph_spectrum(graphs, dtype=torch.float64)
+    for k, a in enumerate(SHAPES.values()):
+        n = len(a)
+        alone = graph_spectrum(batch_of([a]), dtype=torch.float64)
+        torch.testing.assert_close(spectrum.U[k, :n, :n], alone.U[0], atol=1e-10, rtol=0)
+        torch.testing.assert_close(spectrum.w[k, :n], alone.w[0], atol=1e-12, rtol=0)
+        assert not spectrum.U[k, n:].any()
+        assert not spectrum.U[k, :, n:].any()
+        assert not spectrum.w[k, n:].any()
+
+
+def test_close_eigenvalues_are_told_apart():
+    """At gaps of 1e-5 of the norm, rounding of the matrix moves the basis by less than 1e-10."""
+    a = ring(6) * (1 + 2e-4 * random(6, 3, 0.5))
+    w, V = torch.linalg.eigh(laplacian(a))
+    assert 1e-5 < float(w.diff().min() / w.max()) < 1e-4
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    permuted = canonical_basis(*torch.linalg.eigh(laplacian(a[order][:, order])))
+    torch.testing.assert_close(permuted, canonical_basis(w, V)[order], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "random_walk"])
+def test_normalised_spectra(kind):
+    a = random(9, 5)
+    w, U = (x[0] for x in graph_spectrum(batch_of([a]), kind, dtype=torch.float64))
+    degree = a.sum(1)
+    matrix = torch.eye(9, dtype=torch.float64) - a / degree[:, None]
+    if kind == "symmetric":
+        matrix = matrix * degree.sqrt()[:, None] / degree.sqrt()
+        degree = torch.ones_like(degree)
+    torch.testing.assert_close(matrix @ U, U * w, atol=1e-12, rtol=0)
+    torch.testing.assert_close((U.T * degree) @ U, torch.eye(9).double(), atol=1e-12, rtol=0)
+
+
+def test_fp32_is_the_rounded_fp64():
+    graphs = batch_of([ring(8), star(5)])
+    exact = graph_spectrum(graphs, dtype=torch.float64)
+    assert torch.equal(graph_spectrum(graphs).U, exact.U.float())
+
+
+def test_the_solvers_own_basis_on_request():
+    graphs = batch_of([random(6, 2)])
+    own = graph_spectrum(graphs, canonical=False, dtype=torch.float64)
+    canonical = graph_spectrum(graphs, dtype=torch.float64)
+    torch.testing.assert_close(own.U.abs(), canonical.U.abs(), atol=1e-12, rtol=0)
+
+
+def test_bad_arguments_are_refused():
+    w, V = torch.linalg.eigh(laplacian(ring(4)))
+    with pytest.raises(TypeError, match="`V` must be float64"):
+        canonical_basis(w, V.float())
+    with pytest.raises(ValueError, match="`V` must be"):
+        canonical_basis(w[:3], V)
+    with pytest.raises(ValueError, match="`sizes` must be"):
+        canonical_basis(w[None], V[None], torch.tensor([4, 4]))
+
+
+def test_where_modes_end():
+    report = spectral_gap_report(torch.linalg.eigvalsh(laplacian(benzene())), 2)
+    assert [count for _, _, count in report.spaces] == [1, 3, 2]
+    assert report.cuts
+    assert (report.safe_below, report.safe_above, report.nearest_safe) == (1, 4, 1)
+    assert "cut the eigenspace of eigenvalue 4, modes 1 to 3" in str(report)
+    sample = load_sample("aspirin")
+    w = build_graph(sample.positions[0], sample.numbers).eigenvalues
+    assert [m for m in range(1, 14) if spectral_gap_report(w, m).cuts] == [4]
+    assert spectral_gap_report(w, 4).nearest_safe == 5
+    assert spectral_gap_report(w, 13).gap == float("inf")
+    assert spectral_gap_report(w, 2).gap == pytest.approx(float(w[2] - w[1]))
+    with pytest.raises(ValueError, match="`num_modes` must be in 1 … 13, got 14"):
+        spectral_gap_report(w, 14)
