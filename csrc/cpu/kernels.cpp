@@ -2,10 +2,11 @@
 #include "kernels.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <numeric>
 #include <vector>
+
+#include "instruction_set.h"
 
 namespace gfnode {
 namespace {
@@ -27,10 +28,7 @@ constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,    sum_backwar
                         synthesis_forward, synthesis_backward};
 }  // namespace baseline
 
-// clang has no `#pragma GCC target`; there the compiler's own flags decide.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define GFNODE_X86_KERNELS
-
+#ifdef GFNODE_X86_KERNELS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
@@ -68,25 +66,17 @@ constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,    sum_backwar
 #pragma GCC pop_options
 #endif
 
-// ATen's own limit on instruction sets holds here too; a wrong value of it is ATen's to announce.
-bool allowed(const char *instruction_set) {
-  const char *limit = std::getenv("ATEN_CPU_CAPABILITY");
-  if (!limit || std::strcmp(limit, "avx512") == 0) return true;
-  if (std::strcmp(limit, "avx2") == 0) return std::strcmp(instruction_set, "avx2") == 0;
-  return std::strcmp(limit, "default") != 0;
-}
-
 const Kernels &choose() {
+  switch (choose_instruction_set()) {
 #ifdef GFNODE_X86_KERNELS
-  __builtin_cpu_init();
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw"))
-    return avx512::table;
-  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return avx2::table;
+    case InstructionSet::avx512:
+      return avx512::table;
+    case InstructionSet::avx2:
+      return avx2::table;
 #endif
-  return baseline::table;
+    default:
+      return baseline::table;
+  }
 }
 
 }  // namespace
