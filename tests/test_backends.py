@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import json
 import pickle
 from typing import Any
@@ -19,8 +20,8 @@ from golden_files import relative_error
 from model_inputs import constructor, inputs
 
 LAYERS = ("encoder layers", "decoder layers")
+propagate_module = importlib.import_module("gfnode_fast.ops.propagate")
 SOLVES = ("solve of features", "solve of coordinates")
-TRANSFORMS = ("graph Fourier transform", "inverse transform")
 
 
 def build(**changes: Any) -> gfnode_fast.FourierMD:
@@ -48,19 +49,30 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("backend", "layers", "solves"),
-    [("auto", "cpp", "torch"), ("torch", "torch", "torch"), ("cpp", "cpp", "torch")],
+    ("backend", "layers", "inverse"),
+    [("auto", "cpp", "cpp"), ("torch", "torch", "torch"), ("cpp", "cpp", "cpp")],
 )
 def test_what_is_reported_is_what_runs(
-    backend: str, layers: str, solves: str, calls: list[str]
+    backend: str,
+    layers: str,
+    inverse: str,
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    original = propagate_module.synthesise_solved
+    monkeypatch.setattr(
+        propagate_module,
+        "synthesise_solved",
+        lambda *args: calls.append("synthesis cpp") or original(*args),
+    )
     model = build(backend=backend)
     model(**inputs())
     parts = running(model)
     assert {parts[name] for name in LAYERS} == {layers}
-    assert {parts[name] for name in SOLVES} == {solves}
-    assert {parts[name] for name in TRANSFORMS} == {solves}
-    assert set(calls) == {f"apply_layer {layers}", f"propagate {solves}"}
+    assert {parts[name] for name in SOLVES} == {"torch"}
+    assert (parts["graph Fourier transform"], parts["inverse transform"]) == ("torch", inverse)
+    expected = {f"apply_layer {layers}", "propagate torch"}
+    assert set(calls) == expected | ({"synthesis cpp"} if inverse == "cpp" else set())
 
 
 def test_reference_runs_nothing_of_ours(calls: list[str]) -> None:
@@ -138,7 +150,12 @@ def test_auto_takes_triton_on_verified_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     assert "not yet run on hardware" in parts["decoder layers"].reason
     monkeypatch.setattr(dispatch, "verified_gpus", lambda: {"sm_90": "a row"})
     parts = backends.choose_parts(request, gpu, torch.float32, False)
-    assert parts["decoder layers"] == backends.Part("triton", "passed on sm_90, a row")
+    assert set(parts.values()) == {backends.Part("triton", "passed on sm_90, a row")}
+    attention = gfnode_fast.FourierMD(**constructor(mode_interaction="attention", time_mode="rope"))
+    parts = backends.choose_parts(attention._request(), gpu, torch.float32, False)
+    assert parts["solve of features"].backend == "torch"
+    assert "no Triton: time_mode='rope'" in parts["solve of features"].reason
+    assert parts["decoder layers"].backend == "triton"
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +186,8 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"backend": "cpp", "activation": nn.ReLU()}, TypeError, "`activation` must be nn.SiLU"),
         ({"backend": "cpp", "time_mode": "posenc"}, ValueError, "posenc"),
         ({"backend": "compiled", "fourier_basis": "linear"}, RuntimeError, "linear"),
+        ({"backend": "triton", "mode_interaction": "concat"}, RuntimeError, "concat"),
+        ({"backend": "triton", "no_ode": True}, RuntimeError, "no_ode"),
         ({"recompute": 1}, TypeError, "`recompute`"),
     ],
 )

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from gfnode_fast.ops.compiled_solve import check_compilable
-from gfnode_fast.ops.dispatch import choose_automatically, why_no_triton
+from gfnode_fast.ops.dispatch import choose_automatically, choose_backend, why_no_triton
 from gfnode_fast.ops.graph_layers import PRECISIONS
 from gfnode_fast.ops.graph_layers_cpp import ACTIVATIONS, why_not_compiled
+from gfnode_fast.ops.mode_rhs_registered import unserved_by_triton
 from gfnode_fast.ops.propagate import CHAOTIC_TIME_MODES
+from gfnode_fast.ops.triton_solve import check_triton_solve, why_no_triton_solve
 from gfnode_fast.reference.checks import check_choice, refuse
 from gfnode_fast.reference.propagator import ModeODE
 from gfnode_fast.solvers.mode import FixedStep, SolverMode
@@ -25,6 +27,7 @@ ENVIRONMENT_VARIABLE = "GFNODE_BACKEND"
 
 ENCODER, DECODER = "encoder layers", "decoder layers"
 TRANSFORM, INVERSE = "graph Fourier transform", "inverse transform"
+CHAOTIC = "the published steps of posenc and rope follow its rounding"
 FEATURES, COORDINATES = "solve of features", "solve of coordinates"
 
 
@@ -68,7 +71,8 @@ class Request:
     backend: Part
     precision: str
     solver_mode: SolverMode
-    activation: nn.Module
+    layer_activation: nn.Module
+    signal_activation: nn.Module
     basis: str | None
     solves: Mapping[str, ModeODE | None]
 
@@ -135,6 +139,9 @@ def check_request(request: Request) -> None:
             if ode is not None:
                 check_compilable(ode)
     elif backend == "triton" or precision != "fp32":
+        for ode in request.solves.values():
+            if ode is not None and backend == "triton":
+                check_triton_solve(ode, request.solver_mode)
         argument = "backend" if backend == "triton" else "precision"
         got = repr(backend if backend == "triton" else precision)
         if problem := _why_triton_nowhere():
@@ -144,12 +151,12 @@ def check_request(request: Request) -> None:
 def _check_cpp(request: Request) -> None:
     if problem := why_not_compiled():
         refuse(RuntimeError, "backend", "one that is here", "'cpp'", problem)
-    if type(request.activation) not in ACTIVATIONS:
+    if type(request.layer_activation) not in ACTIVATIONS:
         refuse(
             TypeError,
             "activation",
             "nn.SiLU or nn.Tanh with backend='cpp'",
-            type(request.activation).__name__,
+            type(request.layer_activation).__name__,
             "use backend='torch' or 'auto'",
         )
     if request.follows_chaotic_steps:
@@ -177,16 +184,10 @@ def choose_parts(
     layers = _layers(request, device, dtype, autocast)
     encoder = layers
     if request.follows_chaotic_steps and layers.backend != "reference":
-        encoder = Part("reference", "the published steps of posenc and rope follow its rounding")
-    solves = {name: _solve(request, ode, device) for name, ode in request.solves.items()}
-    transform = _transform(request, solves, device)
-    return {
-        ENCODER: encoder,
-        TRANSFORM: transform,
-        **solves,
-        INVERSE: transform,
-        DECODER: layers,
-    }
+        encoder = Part("reference", CHAOTIC)
+    solves = {name: _solve(request, ode, device, dtype) for name, ode in request.solves.items()}
+    transform, inverse = _transforms(request, device, dtype)
+    return {ENCODER: encoder, TRANSFORM: transform, **solves, INVERSE: inverse, DECODER: layers}
 
 
 def _layers(request: Request, device: torch.device, dtype: torch.dtype, autocast: bool) -> Part:
@@ -201,7 +202,7 @@ def _layers(request: Request, device: torch.device, dtype: torch.dtype, autocast
         return backend
     if device.type == "cuda":
         return Part(*choose_automatically(device))
-    problem = _why_not_cpp(request.activation, device, dtype)
+    problem = _why_not_cpp(request.layer_activation, device, dtype)
     if problem is None:
         return Part("cpp", "measured fastest on the CPU in float32 with SiLU or Tanh")
     return Part("torch", f"no C++ kernel: {problem}")
@@ -217,27 +218,54 @@ def _why_not_cpp(activation: nn.Module, device: torch.device, dtype: torch.dtype
     return why_not_compiled()
 
 
-def _solve(request: Request, ode: ModeODE | None, device: torch.device) -> Part:
+def _solve(request: Request, ode: ModeODE | None, device: torch.device, dtype: torch.dtype) -> Part:
     backend = request.backend
     if ode is None:
         return Part("none", "not propagated")
     if backend.backend in ("triton", "compiled", "reference"):
         return backend
+    why = ""
+    if backend.backend == "auto" and device.type == "cuda":
+        unserved = why_no_triton_solve(ode, request.solver_mode)
+        unserved = unserved or unserved_by_triton(dtype, ode.ode_func.weights1.shape[2])
+        chosen, reason = choose_backend("FourierMD", "auto", device, unserved=unserved)
+        if chosen == "triton":
+            return Part(chosen, reason)
+        why = f"; no Triton: {reason}"
+    return Part("torch", f"{_solver_of(request, ode)}{why}")
+
+
+def _solver_of(request: Request, ode: ModeODE) -> str:
     if ode.no_ode:
-        return Part("torch", "one application of the right-hand side")
+        return "one application of the right-hand side"
     if ode.solver not in TABLEAUS:
-        return Part("torch", f"{ode.solver} is torchdiffeq's, on the union of all times")
+        return f"{ode.solver} is torchdiffeq's, on the union of all times"
     if request.solver_mode == "exact":
-        return Part("torch", "matrix exponentials at each molecule's times")
+        return "matrix exponentials at each molecule's times"
     if isinstance(request.solver_mode, FixedStep):
-        return Part("torch", f"uniform steps of {request.solver_mode.step_size:g}")
-    return Part("torch", "linear in the batch; backend='compiled' takes minutes to compile")
+        return f"uniform steps of {request.solver_mode.step_size:g}"
+    return "linear in the batch; backend='compiled' takes minutes to compile"
 
 
-def _transform(request: Request, solves: Mapping[str, Part], device: torch.device) -> Part:
+def _transforms(request: Request, device: torch.device, dtype: torch.dtype) -> tuple[Part, Part]:
+    """The graph Fourier transform and its inverse."""
+    backend = request.backend
     if request.basis is None:
-        return Part("none", "no_fourier=True")
-    taken = [part for part in solves.values() if part.backend != "none"]
-    if not taken:
-        return Part("none", "nothing is propagated")
-    return Part("torch", "goes with the solve") if taken[0].backend == "compiled" else taken[0]
+        return (Part("none", "no_fourier=True"),) * 2
+    if all(ode is None for ode in request.solves.values()):
+        return (Part("none", "nothing is propagated"),) * 2
+    if backend.backend == "reference":
+        return backend, backend
+    if request.basis == "linear":
+        return (Part("torch", "torch.fft"),) * 2
+    if backend.backend in ("torch", "triton"):
+        return backend, backend
+    forward = inverse = Part(*choose_automatically(device))
+    if request.follows_chaotic_steps:
+        forward = Part("reference", CHAOTIC)
+    if device.type == "cpu":
+        problem = _why_not_cpp(request.signal_activation, device, dtype)
+        inverse = Part("torch", f"no C++ kernel: {problem}")
+        if problem is None:
+            inverse = Part("cpp", "one pass with activation and signal; without a gradient of U")
+    return forward, inverse

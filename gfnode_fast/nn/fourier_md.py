@@ -69,7 +69,7 @@ class FourierMD(reference.FourierMD):
         backend, backend_reason: what was asked for, GFNODE_BACKEND included, and how;
             `backend_report` says what runs.
         last_solve: evaluations and steps of the last forward pass, per propagator; zeros with
-            backend="reference" and in graphs of torch.compile.
+            backend="reference", and not touched by graphs of torch.compile.
 
     Notes:
         With time_mode posenc or rope the encoder is the reference's, bit for bit: the published
@@ -131,7 +131,8 @@ class FourierMD(reference.FourierMD):
             backend=Part(self.backend, self.backend_reason),
             precision=self.precision,
             solver_mode=self.solver_mode,
-            activation=nn.Tanh() if self.flat else self.activation,
+            layer_activation=nn.Tanh() if self.flat else self.activation,
+            signal_activation=self.activation,
             basis=self.fourier_basis,
             solves={
                 FEATURES: self.freq_conv.t_conv if self.propagate_h else None,
@@ -212,13 +213,19 @@ class FourierMD(reference.FourierMD):
             )
         return state
 
+    @property
+    def _transforms(self) -> str:
+        """What `propagate` is asked for; "auto" takes the C++ inverse."""
+        return self.backend if self.backend in ("torch", "triton") else "auto"
+
     def _propagated(
         self, propagator: reference.Propagator, signal: Tensor, s: Tensor, eigvecs: Tensor | None
     ) -> Tensor:
         is_features = propagator is self.freq_conv
         backend = self._parts()[FEATURES if is_features else COORDINATES].backend
         stats = self.last_solve["freq_conv" if is_features else "freq_conv_x"]
-        stats.reset()
+        if not torch.compiler.is_compiling():  # a number that changes would be a new graph
+            stats.reset()
         is_opaque = torch.compiler.is_compiling() and backend in ("torch", "reference")
         if backend == "reference" and not is_opaque:
             return super()._propagated(propagator, signal, s, eigvecs)
@@ -226,7 +233,13 @@ class FourierMD(reference.FourierMD):
             signal = signal.to(self.embedding.weight.dtype)
             if is_opaque:
                 out = propagate_opaque(
-                    propagator, signal, s, eigvecs, solver_mode=self.solver_mode, backend=backend
+                    propagator,
+                    signal,
+                    s,
+                    eigvecs,
+                    solver_mode=self.solver_mode,
+                    backend=backend,
+                    transforms=self._transforms,
                 )
                 residual: Tensor = signal + self.activation(out)
                 return residual
@@ -237,6 +250,7 @@ class FourierMD(reference.FourierMD):
                 eigvecs,
                 stats,
                 backend=backend,
+                transforms=self._transforms,
                 solver_mode=self.solver_mode,
                 activation=self.activation,
             )

@@ -159,7 +159,7 @@ def mode_rhs(module: ModeRHS, s: Tensor | None, y: Tensor, *, backend: str = "au
             "the time that the embedding takes"
         )
     backend, _ = choose_backend(
-        "mode_rhs", backend, y.device, unserved=on_triton.unserved_by_triton(y)
+        "mode_rhs", backend, y.device, unserved=on_triton.unserved_by_triton(y.dtype, y.shape[2])
     )
     rows = y.transpose(0, 1)
     if backend == "torch":

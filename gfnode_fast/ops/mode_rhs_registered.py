@@ -17,12 +17,12 @@ LARGEST_C = 64
 LARGEST_H = 128
 
 
-def unserved_by_triton(y: Tensor) -> str | None:
-    """Why the kernels do not serve this state, or None; an MLP's width is the published one."""
-    if y.dtype not in (torch.float32, torch.float64):
-        return f"the Triton kernels serve float32 and float64, not {y.dtype}"
-    if y.shape[2] > LARGEST_C:
-        return f"the Triton kernels serve at most {LARGEST_C} channels, not {y.shape[2]}"
+def unserved_by_triton(dtype: torch.dtype, channels: int) -> str | None:
+    """Why the kernels do not serve such a state, or None; an MLP's width is the published one."""
+    if dtype not in (torch.float32, torch.float64):
+        return f"the Triton kernels serve float32 and float64, not {dtype}"
+    if channels > LARGEST_C:
+        return f"the Triton kernels serve at most {LARGEST_C} channels, not {channels}"
     return None
 
 

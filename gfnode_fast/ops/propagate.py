@@ -38,6 +38,7 @@ def propagate(
     stats: SolveStats | None = None,
     *,
     backend: str = "torch",
+    transforms: str = "auto",
     solver_mode: SolverMode = "joint",
     activation: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -49,7 +50,10 @@ def propagate(
         times: (B, T) normalised times > 0.
         eigvecs: (B, N, N) for the graph basis, else ignored.
         stats: counts evaluations and steps when given.
-        backend: "torch", "compiled" for torch.compile around the solver loop, or "triton".
+        backend: of the solve: "torch", "compiled" for torch.compile around the solver loop, or
+            "triton", which takes the transforms too.
+        transforms: "torch", "triton", or "auto", which takes Triton where `graph_fourier` does and
+            the compiled inverse on the CPU where it serves (`synthesis`).
         solver_mode: "joint" takes the published solver's steps; "per_molecule", "exact" and
             `fixed(step_size)` are those of `gfnode_fast.solvers`.
         activation: when given, what the model does next is done here: the result is the signal
@@ -73,8 +77,8 @@ def propagate(
     check_choice("backend", backend, SOLVE_BACKENDS)
     check_mode_of("propagate", solver_mode, propagator.t_conv, backend)
     stats = SolveStats() if stats is None else stats
-    transform_backend = "triton" if backend == "triton" else "auto"
-    modes = _transform(propagator, signal, eigvecs, transform_backend)
+    transforms = "triton" if backend == "triton" else transforms
+    modes = _transform(propagator, signal, eigvecs, transforms)
     if backend == "triton":
         solved = triton_solve(propagator.t_conv, modes, times, stats, solver_mode)
     elif solver_mode != "joint":
@@ -83,7 +87,7 @@ def propagate(
         solved = compiled_solve(propagator.t_conv, modes, times, stats)
     else:
         solved = _solve(propagator.t_conv, modes, times, stats)
-    return _transform_back(propagator, solved, signal, eigvecs, activation, transform_backend)
+    return _transform_back(propagator, solved, signal, eigvecs, activation, transforms)
 
 
 def check_mode_of(op: str, mode: object, ode: ModeODE, backend: str) -> None:
@@ -170,7 +174,7 @@ def _transform_back(
         assert eigvecs is not None
         if (
             activation is not None
-            and backend != "triton"
+            and backend == "auto"
             and serves(solved, eigvecs, signal, activation)
         ):
             return synthesise_solved(solved, eigvecs, signal, activation)

@@ -69,7 +69,7 @@ def propagate_exact(
     """
     check_linear("propagate_exact", y0, weight, times, slope)
     backend, _ = choose_backend(
-        "propagate_exact", backend, y0.device, unserved=unserved_by_triton(y0)
+        "propagate_exact", backend, y0.device, unserved=unserved_by_triton(y0.dtype, y0.shape[3])
     )
     if backend == "torch":
         status = torch.zeros(len(times), dtype=torch.int32, device=y0.device)

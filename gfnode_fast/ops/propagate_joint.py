@@ -97,7 +97,7 @@ def choose_solve(op: str, requested: str, y0: Tensor, solver: str, max_attempts:
             f"{op}: `solver` must be one of {', '.join(ADAPTIVE)}, got {solver!r}; choose an "
             "adaptive method"
         )
-    unserved = unserved_by_triton(y0)
+    unserved = unserved_by_triton(y0.dtype, y0.shape[3])
     if solver not in FSAL:
         unserved = f"the Triton kernels serve {', '.join(FSAL)}, not {solver}"
     backend, _ = choose_backend(op, requested, y0.device, unserved=unserved)

@@ -26,7 +26,7 @@ PUBLISHED = "reference"
 _ARGUMENTS = (
     "Tensor signal, Tensor times, Tensor? eigvecs, Tensor[] parameters, str basis, "
     "str mode_interaction, str time_mode, int time_width, str solver, float rtol, float atol, "
-    "bool no_ode, str solver_mode, float step_size, str backend"
+    "bool no_ode, str solver_mode, float step_size, str backend, str transforms"
 )
 
 
@@ -38,6 +38,7 @@ def propagate_opaque(
     *,
     solver_mode: SolverMode,
     backend: str,
+    transforms: str,
 ) -> Tensor:
     """`propagate` as one node of a compiled graph.
 
@@ -45,6 +46,7 @@ def propagate_opaque(
         propagator, signal, times, eigvecs: as `propagate` takes them.
         solver_mode: as there.
         backend: "torch", or "reference" for the published algorithm.
+        transforms: as there; without effect on the published algorithm.
 
     Returns:
         (T, B, N, D, C), contiguous.
@@ -80,6 +82,7 @@ def propagate_opaque(
         "fixed" if fixed else solver_mode,
         solver_mode.step_size if isinstance(solver_mode, FixedStep) else 0.0,
         backend,
+        transforms,
     )
     return result
 
@@ -87,11 +90,14 @@ def propagate_opaque(
 class _Dynamics(nn.Module):
     """A propagator without values of its own; callers lend it their parameters."""
 
-    def __init__(self, propagator: Propagator, solver_mode: SolverMode, backend: str) -> None:
+    def __init__(
+        self, propagator: Propagator, solver_mode: SolverMode, backend: str, transforms: str
+    ) -> None:
         super().__init__()
         self.propagator = propagator
         self.solver_mode = solver_mode
         self.backend = backend
+        self.transforms = transforms
         self.names = [name for name, _ in self.named_parameters()]
         self.lent = threading.Lock()
 
@@ -105,6 +111,7 @@ class _Dynamics(nn.Module):
             times,
             eigvecs,
             backend=self.backend,
+            transforms=self.transforms,
             solver_mode=self.solver_mode,
         )
 
@@ -143,6 +150,7 @@ def _dynamics(
     solver_mode: str,
     step_size: float,
     backend: str,
+    transforms: str,
 ) -> _Dynamics:
     """The propagator that these arguments of the operator describe; `shape` is that of weights1."""
     with torch.device("meta"):
@@ -156,7 +164,7 @@ def _dynamics(
         ode = ModeODE(function, solver=solver, rtol=rtol, atol=atol, no_ode=no_ode)
         propagator = Propagator(None if basis == NO_BASIS else basis, num_modes, ode)
     mode: SolverMode = FixedStep(step_size) if solver_mode == "fixed" else solver_mode
-    return _Dynamics(propagator, mode, backend)
+    return _Dynamics(propagator, mode, backend, transforms)
 
 
 def _check_times(times: Tensor) -> None:
