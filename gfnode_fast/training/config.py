@@ -208,8 +208,19 @@ class OptimConfig:
     """Optimiser, schedule and validation.
 
     Attributes:
-        lr, weight_decay: of Adam.
+        optimizer: ``adam`` as published (weight decay is part of the gradient) or ``adamw``
+            (decoupled from it).
+        lr, weight_decay: of it.
+        lr_scaling: with batches other than the published 50, the rate is multiplied by
+            batch_size / 50 (``linear``), by its root (``sqrt``), or not (``none``).
+        warmup_steps: steps over which the rate rises linearly to its full value.
+        clip_norm: gradients are scaled down to this total norm; null: never.
         batch_size: windows in a step.
+        accumulate: parts in which a batch is run, one after the other, gradients added up: less
+            memory, the same update but for rounding (and, with ``model.solver_mode=joint``,
+            within the solver's tolerance, since its steps follow from the molecules run together).
+        ema_decay: validate and keep as best an exponential moving average of the weights with
+            this decay; null: the weights themselves.
         epochs: passes over the training windows.
         lr_step_epochs, lr_gamma: the rate is multiplied by ``lr_gamma`` every so many epochs.
         kl_weight: weight of the VAE's divergence (without effect unless ``model.use_vae``).
@@ -219,9 +230,15 @@ class OptimConfig:
         dtype: precision of parameters and data.
     """
 
+    optimizer: Literal["adam", "adamw"] = "adam"
     lr: float = 1e-4
     weight_decay: float = 1e-15
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    warmup_steps: int = 0
+    clip_norm: float | None = None
     batch_size: int = 50
+    accumulate: int = 1
+    ema_decay: float | None = None
     epochs: int = 5000
     lr_step_epochs: int = 2500
     lr_gamma: float = 0.5
@@ -236,8 +253,16 @@ class OptimConfig:
         _positive("optim.weight_decay", self.weight_decay, zero=True)
         _positive("optim.lr_gamma", self.lr_gamma)
         _positive("optim.kl_weight", self.kl_weight, zero=True)
-        for name in ("batch_size", "epochs", "lr_step_epochs", "validate_every"):
+        for name in ("batch_size", "accumulate", "epochs", "lr_step_epochs", "validate_every"):
             _positive_int(f"optim.{name}", getattr(self, name))
+        _positive_int("optim.warmup_steps", self.warmup_steps, minimum=0)
+        _choice("optim.optimizer", self.optimizer, ("adam", "adamw"))
+        _choice("optim.lr_scaling", self.lr_scaling, ("none", "linear", "sqrt"))
+        if self.clip_norm is not None:
+            _positive("optim.clip_norm", self.clip_norm)
+        if self.ema_decay is not None:
+            _positive("optim.ema_decay", self.ema_decay)
+            _must(self.ema_decay < 1, "optim.ema_decay", "below 1", self.ema_decay, "try 0.999")
         if self.patience is not None:
             _positive_int("optim.patience", self.patience)
         _positive_int("optim.seed", self.seed, minimum=0)

@@ -18,6 +18,7 @@ from torch import Tensor
 from gfnode_fast.data import WindowDataset, save_windows
 from gfnode_fast.nn import FourierMD
 from gfnode_fast.solvers.errors import SolverError
+from gfnode_fast.training.averaging import WeightAverage
 from gfnode_fast.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -43,6 +44,8 @@ from gfnode_fast.training.interruption import interruptions
 from gfnode_fast.training.metrics import MetricsLog
 from gfnode_fast.training.optimizer import (
     GuardedAdam,
+    clip_to_norm,
+    learning_rate,
     optimizer_groups,
     optimizer_tensors,
     restore_optimizer,
@@ -163,12 +166,14 @@ class _Run:
         self.val_set = self.problem.dataset("val", dtype=dtype, device=device)
         torch.manual_seed(config.optim.seed)
         self.model = build_model(config, self.problem.trajectory.num_atoms).to(device, dtype)
+        optim = config.optim
         self.optimizer = GuardedAdam(
-            self.model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay
+            self.model.parameters(),
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            decoupled=optim.optimizer == "adamw",
         )
-        self.scheduler = torch.optim.lr_scheduler.StepLR(
-            self.optimizer, config.optim.lr_step_epochs, config.optim.lr_gamma
-        )
+        self.average = WeightAverage(self.model, optim.ema_decay) if optim.ema_decay else None
         # Loss and gradient norm of the steps since the last reading, by step % log_every.
         self.readings = torch.zeros(config.log_every, 2, dtype=dtype, device=device)
         self.position = _Position()
@@ -222,7 +227,6 @@ class _Run:
                     return reason
                 self._step(batches[position.batch])
             position.epoch, position.batch = position.epoch + 1, 0
-            self.scheduler.step()
             if position.epoch % optim.validate_every == 0 or position.epoch == optim.epochs:
                 self._validate()
             if position.epoch % self.config.checkpoint_every == 0:
@@ -246,23 +250,42 @@ class _Run:
         return None
 
     def _step(self, index: Tensor) -> None:
+        optim, position = self.config.optim, self.position
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), dtype=self.readings.dtype, device=self.device)
+        for part in index.tensor_split(min(optim.accumulate, len(index))):
+            share = self._loss(part) * (len(part) / len(index))
+            share.backward()
+            loss += share.detach()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if optim.clip_norm is not None:
+            clip_to_norm(gradients, norm, optim.clip_norm)
+        reading = torch.stack((loss, norm))
+        self.optimizer.set_lr(self._lr())
+        self.optimizer.guarded_step(torch.isfinite(reading).all())
+        self.readings[position.step % len(self.readings)] = reading
+        position.step, position.batch = position.step + 1, position.batch + 1
+        if self.average is not None:
+            self.average.update(position.step)
+        if position.step % len(self.readings) == 0:
+            self._read()
+
+    def _loss(self, index: Tensor) -> Tensor:
         batch = self.train_set.batch(index)
         with self._naming_failed_solves(f"at step {self.position.step + 1}"):
             predicted, _, _, kld = self.model(**batch.inputs())
-        loss = (predicted - batch.target).square().mean()
+        loss: Tensor = (predicted - batch.target).square().mean()
         if self.config.model.use_vae:
             loss = loss + self.config.optim.kl_weight * kld
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        reading = torch.stack((loss.detach(), norm))
-        self.optimizer.guarded_step(torch.isfinite(reading).all())
-        position = self.position
-        self.readings[position.step % len(self.readings)] = reading
-        position.step, position.batch = position.step + 1, position.batch + 1
-        if position.step % len(self.readings) == 0:
-            self._read()
+        return loss
+
+    def _lr(self) -> float:
+        return learning_rate(self.config.optim, self.position.step, self.position.epoch)
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The model has the weights to be judged and kept as best: the average, if there is one."""
+        return self.average.applied() if self.average else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _naming_failed_solves(self, where: str) -> Iterator[None]:
@@ -304,7 +327,8 @@ class _Run:
     def _validate(self) -> None:
         self._check_readings()
         position, optim = self.position, self.config.optim
-        with self._naming_failed_solves(f"in the validation after step {position.step}"):
+        where = f"in the validation after step {position.step}"
+        with self._naming_failed_solves(where), self._averaged():
             mse, last = mean_squared_errors(
                 self.model, self.val_set, batch_size=optim.batch_size, seed=optim.seed
             )
@@ -314,7 +338,8 @@ class _Run:
         position.stale = 0 if improved else position.stale + 1
         self._record("validation", val_mse=mse, val_mse_last=last)
         if improved:
-            self._save("best")
+            with self._averaged():
+                self._save("best")
 
     def _record(self, kind: Literal["train", "validation"], **values: float) -> None:
         row = {
@@ -322,7 +347,7 @@ class _Run:
             "step": self.position.step,
             "epoch": self.position.epoch,
             "seconds": round(self._seconds(), 3),
-            "lr": self.scheduler.get_last_lr()[0],
+            "lr": self._lr(),
             **values,
         }
         self.metrics.write(row)
@@ -361,7 +386,8 @@ class _Run:
             if self.device.type == "cuda":
                 state["random.cuda"] = torch.cuda.get_rng_state(self.device)
             manifest["optimizer_groups"] = optimizer_groups(self.optimizer)
-            manifest["scheduler"] = self.scheduler.state_dict()
+            if self.average is not None:
+                state |= {f"average.{k}": t for k, t in self.average.tensors().items()}
         write_checkpoint(
             self.output, name, model=self.model.state_dict(), state=state, manifest=manifest
         )
@@ -387,7 +413,8 @@ class _Run:
             checkpoint.section("optimizer"),
             checkpoint.manifest["optimizer_groups"],
         )
-        self.scheduler.load_state_dict(checkpoint.manifest["scheduler"])
+        if self.average is not None:
+            self.average.restore(checkpoint.section("average"))
         self.position = _Position(**checkpoint.manifest["position"])
         self.readings.copy_(checkpoint.state["readings"])
         torch.set_rng_state(checkpoint.state["random.cpu"])

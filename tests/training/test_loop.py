@@ -23,6 +23,7 @@ from gfnode_fast.training import (
     CheckpointError,
     ConfigError,
     NonFiniteLossError,
+    OptimConfig,
     load_model,
     read_metrics,
     train,
@@ -30,7 +31,8 @@ from gfnode_fast.training import (
 from gfnode_fast.training import loop as loop_module
 from gfnode_fast.training.checkpoint import read_checkpoint, write_checkpoint
 from gfnode_fast.training.loop import epoch_order
-from gfnode_fast.training.optimizer import GuardedAdam
+from gfnode_fast.training.optimizer import GuardedAdam, learning_rate
+from gfnode_fast.training.problem import build_model
 from small_run import small_config, small_trajectory
 
 VAE = {"use_vae": True}
@@ -57,19 +59,30 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert rows[0] == rows[1]
 
 
-@pytest.fixture(scope="module", params=[{}, VAE], ids=["plain", "vae"])
+RECIPES = {
+    "plain": {},
+    "vae": {"model": {"use_vae": True}},
+    "large batch": {
+        "optim": {"optimizer": "adamw", "weight_decay": 0.01, "lr_scaling": "sqrt",
+                  "warmup_steps": 5, "clip_norm": 0.1, "accumulate": 2, "ema_decay": 0.8},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=RECIPES)
 def uninterrupted(request, trajectory_file, tmp_path_factory):
     output = tmp_path_factory.mktemp("uninterrupted") / "run"
-    result = train(small_config(trajectory_file, output, model=request.param))
-    return request.param, output, result
+    recipe = RECIPES[request.param]
+    result = train(small_config(trajectory_file, output, **recipe))
+    return recipe, output, result
 
 
 # 12 steps in all, 2 an epoch, validation every 2 epochs, a reading every 2 steps: 3 and 7 lie in
 # the middle of an epoch and of a reading, 4 between an epoch's end and its validation's epoch.
 @pytest.mark.parametrize("stops", [(1,), (3,), (4,), (8,), (11,), (3, 7)])
 def test_resumed_equals_uninterrupted(uninterrupted, trajectory_file, tmp_path, stops):
-    model, whole, expected = uninterrupted
-    config = small_config(trajectory_file, tmp_path / "run", model=model)
+    recipe, whole, expected = uninterrupted
+    config = small_config(trajectory_file, tmp_path / "run", **recipe)
     resume = False
     for stop in stops:
         torch.manual_seed(stop)  # whatever the process did before must not matter
@@ -98,7 +111,7 @@ train(small_config(Path({trajectory!r}), Path({output!r})), progress=kill)
 """
 
 
-@pytest.mark.parametrize("uninterrupted", [{}], ids=["plain"], indirect=True)
+@pytest.mark.parametrize("uninterrupted", ["plain"], indirect=True)
 @pytest.mark.parametrize(("name", "code"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 0)])
 def test_a_killed_process_resumes_exactly(uninterrupted, trajectory_file, tmp_path, name, code):
     _, whole, _ = uninterrupted
@@ -122,8 +135,8 @@ def test_a_killed_process_resumes_exactly(uninterrupted, trajectory_file, tmp_pa
 def test_ctrl_c_leaves_a_resumable_run_and_the_handlers_as_they_were(
     uninterrupted, trajectory_file, tmp_path
 ):
-    model, whole, _ = uninterrupted
-    config = small_config(trajectory_file, tmp_path / "run", model=model)
+    recipe, whole, _ = uninterrupted
+    config = small_config(trajectory_file, tmp_path / "run", **recipe)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupt(event):
@@ -202,8 +215,8 @@ def test_resume_uses_the_stored_basis(trajectory_file, tmp_path, monkeypatch, un
     """Another LAPACK may flip signs: still the same run."""
     from gfnode_fast.training import problem
 
-    model, whole, _ = uninterrupted
-    config = small_config(trajectory_file, tmp_path / "run", model=model)
+    recipe, whole, _ = uninterrupted
+    config = small_config(trajectory_file, tmp_path / "run", **recipe)
     train(replace(config, max_steps=3))
     build = problem.build_graph
 
@@ -238,11 +251,11 @@ def test_a_run_can_be_resumed_from_its_very_start(trajectory_file, tmp_path):
 
 
 def test_windows_of_a_split_file_give_the_same_run(uninterrupted, trajectory_file, tmp_path):
-    model, whole, expected = uninterrupted
+    recipe, whole, expected = uninterrupted
     config = small_config(
         trajectory_file,
         tmp_path / "run",
-        model=model,
+        **recipe,
         data={"split_file": str(whole / "windows.json")},
     )
     assert train(config).best_mse == expected.best_mse
@@ -283,8 +296,8 @@ def test_non_finite_loss_stops_at_the_next_reading_and_spares_the_checkpoint(
 def test_the_run_goes_on_exactly_once_the_cause_is_gone(
     uninterrupted, trajectory_file, tmp_path, monkeypatch
 ):
-    model, whole, _ = uninterrupted
-    config = small_config(trajectory_file, tmp_path / "run", model=model)
+    recipe, whole, _ = uninterrupted
+    config = small_config(trajectory_file, tmp_path / "run", **recipe)
     with monkeypatch.context() as patch:
         nan_trajectory_step(patch, 7)
         with pytest.raises(NonFiniteLossError):
@@ -459,6 +472,83 @@ def test_global_random_state_is_left_alone(trajectory_file, tmp_path):
     before = torch.get_rng_state()
     train(small_config(trajectory_file, tmp_path / "run", model=VAE, max_steps=2))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_parts_of_a_batch_make_the_same_update(trajectory_file, tmp_path):
+    exact = {"solver_mode": "exact"}  # joint steps would follow from the molecules run together
+    for parts in (1, 3):
+        options = {"accumulate": parts, "dtype": "float64"}
+        train(small_config(trajectory_file, tmp_path / str(parts), model=exact, optim=options))
+    whole, parted = (read_checkpoint(tmp_path / n / "last.json").model for n in ("1", "3"))
+    for name, value in whole.items():
+        torch.testing.assert_close(parted[name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_rate_is_scaled_warmed_up_and_decayed(trajectory_file, tmp_path):
+    optim = {"lr": 1e-3, "lr_scaling": "sqrt", "warmup_steps": 4, "batch_size": 4}
+    train(small_config(trajectory_file, tmp_path / "run", optim=optim))
+    rates = {r["step"]: r["lr"] for r in read_metrics(tmp_path / "run") if r["kind"] == "train"}
+    full = 1e-3 * (4 / 50) ** 0.5
+    assert rates[2] == pytest.approx(full * 3 / 4)  # of the update to come
+    assert rates[4] == pytest.approx(full)
+    assert rates[12] == pytest.approx(full / 4)  # halved every second of 6 epochs
+    linear = OptimConfig(lr=1e-3, lr_scaling="linear", batch_size=200)
+    assert learning_rate(linear, 0, 0) == pytest.approx(4e-3)
+
+
+def test_gradients_are_clipped_to_the_norm(trajectory_file, tmp_path, monkeypatch):
+    norms = []
+
+    def watched(self: GuardedAdam, ok: torch.Tensor) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm([g for g in gradients if g is not None])))
+
+    monkeypatch.setattr(GuardedAdam, "guarded_step", watched)
+    for name, limit in (("free", None), ("far", 1e6), ("clipped", 0.01)):
+        config = small_config(trajectory_file, tmp_path / name, optim={"clip_norm": limit})
+        train(replace(config, max_steps=1))
+    free, far, clipped = norms
+    assert free == far > 0.02
+    assert clipped == pytest.approx(0.01, rel=1e-3)
+    read = [r["grad_norm"] for r in read_metrics(tmp_path / "clipped") if r["kind"] == "train"]
+    assert all(norm == pytest.approx(free) for norm in read)  # as it was before clipping
+
+
+def test_average_of_the_weights_is_validated_and_kept(trajectory_file, tmp_path):
+    seen = []
+    config = small_config(trajectory_file, tmp_path / "run", optim={"ema_decay": 0.5})
+    for step in range(1, 13):
+        train(replace(config, max_steps=step), resume=step > 1)
+        seen.append(read_checkpoint(tmp_path / "run" / "last.json"))
+    torch.manual_seed(config.optim.seed)
+    average = dict(build_model(config, 3).state_dict())
+    for number, checkpoint in enumerate(seen, start=1):
+        weight = 1 - min(0.5, number / (number + 9))
+        for name, value in checkpoint.model.items():
+            average[name] = average[name].lerp(value, weight)
+        kept = checkpoint.section("average")
+        torch.testing.assert_close(kept, {name: average[name] for name in kept})
+    best = read_checkpoint(tmp_path / "run" / "best.json")
+    epoch = best.manifest["position"]["best_epoch"]
+    then = seen[2 * epoch - 1].section("average")
+    assert all(torch.equal(best.model[name], then[name]) for name in then)
+
+
+def test_adamw_decays_apart_from_the_gradient(trajectory_file, tmp_path):
+    first = {}
+    for name in ("adam", "adamw"):
+        optim = {"optimizer": name, "weight_decay": 0.5, "lr": 0.1}
+        train(small_config(trajectory_file, tmp_path / name, optim=optim, max_steps=1))
+        first[name] = read_checkpoint(tmp_path / name / "last.json")
+    torch.manual_seed(0)
+    start = dict(build_model(small_config(trajectory_file, tmp_path / "x"), 3).named_parameters())
+    name = next(iter(start))  # index 0 of the optimizer
+    moments = first["adamw"].section("optimizer")
+    gradient = moments["0.exp_avg"] / 0.1  # 1 - beta1
+    assert gradient.shape == start[name].shape
+    expected = start[name] * (1 - 0.1 * 0.5) - 0.1 * gradient / (gradient.abs() + 1e-8)
+    torch.testing.assert_close(first["adamw"].model[name], expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(first["adam"].model[name], expected)
 
 
 def test_epoch_order_is_a_function_of_seed_and_epoch():
