@@ -1,6 +1,7 @@
 """Modules with the reference's parameters and a faster forward."""
 
 from gfnode_fast.nn.accelerate import accelerate, restore
+from gfnode_fast.nn.capture import capture_training_step
 from gfnode_fast.nn.fourier_md import FourierMD
 
-__all__ = ["FourierMD", "accelerate", "restore"]
+__all__ = ["FourierMD", "accelerate", "capture_training_step", "restore"]
