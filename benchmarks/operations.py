@@ -31,6 +31,8 @@ OURS = {
     "ours": {},
     "ours exact": {"solver_mode": "exact"},
     "ours per molecule": {"solver_mode": "per_molecule"},
+    "ours recompute": {"recompute": True},
+    "ours compiled": {"backend": "compiled"},
 }
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-15
 
@@ -201,8 +203,9 @@ def _solve(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
     ode = model.freq_conv.t_conv
     y0 = peers.initial_modes(row, batch, model.hidden_nf)
     s = batch.timeframes / inputs.DELTA_FRAME
-    if contender == "ours":
-        return (lambda: (peers.solve_ours(ode, y0, s),)), {"y0": y0}
+    if contender in ("ours", "ours compiled"):
+        solve = peers.solve_ours if contender == "ours" else peers.solve_compiled
+        return (lambda: (solve(ode, y0, s),)), {"y0": y0}
     if contender in OURS:
         raise Unavailable("measured in the propagation rows")
     return (lambda: (ode(y0, s),)), {"y0": y0}

@@ -35,6 +35,7 @@ PHASES = ("forward", "backward", "step")  # backward: forward + backward; step: 
 TIMES = ("irregular", "regular")
 PRECISIONS = ("fp64", "fp32", "tf32", "bf16")
 BASELINES = ("U0", "U1", "C1")
+ALONE = (400, 800, 1600, 6400)  # batches that take the baselines minutes to hours on a CPU
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,12 @@ def contenders(row: Row) -> tuple[str, ...]:
     if row.op in ("encoder", "decoder"):
         return ("U1", "C1", "ours")
     ours = ("ours", "ours exact") if row.model == "egnn" else ("ours",)
-    peers = ("torchode",) if row.op == "solve" and row.model == "egnn" else ()
-    return (*BASELINES, *peers, *ours)
+    if row.batch in ALONE:
+        return ours if row.op == "propagation" else ("ours", "ours recompute")
+    if row.op == "solve":
+        peers = ("torchode",) if row.model == "egnn" else ()
+        return (*BASELINES, *peers, *ours, "ours compiled")
+    return (*BASELINES, *ours)
 
 
 def model_rows(
@@ -144,6 +149,13 @@ def cpu_op_rows() -> list[Row]:
                   for m in (2, 13)]  # fmt: skip
     spectra = [Row("eigh", "forward", 512, molecule=f"random {n}") for n in (13, 33)]
     return [Row("solve", "backward", 50), *transforms, *pieces, *spectra]
+
+
+def cpu_large_rows() -> list[Row]:
+    """Whether time and memory stay linear in the batch, and the compiled solver loop."""
+    propagation = [Row("propagation", "backward", batch) for batch in (400, 1600, 6400)]
+    attention = Row("solve", "backward", 50, model="sage_attention_concat")
+    return [*propagation, Row("model", "step", 800), attention]
 
 
 def gpu_core_rows() -> list[Row]:
