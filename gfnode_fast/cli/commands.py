@@ -13,6 +13,7 @@ from gfnode_fast.info import info as describe_installation
 from gfnode_fast.spectra import spectral_gap_report
 from gfnode_fast.training import (
     ConfigError,
+    ModeResult,
     TrainConfig,
     check_checkpoint,
     evaluate,
@@ -20,6 +21,8 @@ from gfnode_fast.training import (
     predict_from_trajectory,
     run_demo,
     save_figure,
+    save_sweep_figure,
+    sweep_modes,
     train,
     write_extxyz,
 )
@@ -61,6 +64,34 @@ def train_command(config: TrainConfig, resume: bool) -> int:
         result = train(config, resume=resume, progress=progress)
     console.say_training(result)
     return INTERRUPTED if result.status == "interrupted" else OK
+
+
+def sweep_modes_command(config: TrainConfig, modes: str) -> int:
+    """Train with several numbers of modes; print and draw error and time against M.
+
+    Args:
+        config: of the runs.
+        modes: numbers of modes, as 1,2,3,5.
+    """
+    wanted = _integers("sweep-modes", "modes", modes) or []
+    rows: list[tuple[str, ...]] = []
+
+    def found(result: ModeResult) -> None:
+        after = "none left" if result.gap is None else f"{result.gap:.3g}"
+        gap = "cuts an eigenspace" if result.cuts else after
+        milliseconds = f"{1e3 * result.step_seconds:.1f}"
+        errors = (f"{result.mse:.4f}", f"{result.mse_last:.4f}")
+        rows.append((str(result.num_modes), gap, *errors, milliseconds))
+
+    with console.training_progress() as progress:
+        results = sweep_modes(config, wanted, progress=progress, found=found)
+    console.say_table(("M", "gap after", "MSE, Å²", "at last time", "ms a step"), rows)
+    if results:
+        console.say(f"nothing moves: {results[0].nothing_moves:.4f} Å²")
+        picture = Path(config.output) / "sweep.png"
+        save_sweep_figure(results, picture)
+        console.say(f"picture: {picture}")
+    return OK if len(results) == len(wanted) else INTERRUPTED
 
 
 def evaluate_command(
@@ -130,7 +161,7 @@ def predict_command(
             f"predict: `dt_fs` must be left out without `trajectory`, got {dt_fs}; "
             "the training's trajectory has its own"
         )
-    starts, ahead = _integers("start", start), _integers("times", times)
+    starts, ahead = _integers("predict", "start", start), _integers("predict", "times", times)
     trained = load_model(run, device=device)
     data = trained.config.data
     if trajectory is not None:
@@ -369,7 +400,7 @@ def check_command(
     return OK if agreement.passed else FAILED
 
 
-def _integers(name: str, text: str | None) -> list[int] | None:
+def _integers(op: str, name: str, text: str | None) -> list[int] | None:
     """``10,20`` (or ``[10, 20]``) as a list."""
     if text is None:
         return None
@@ -377,7 +408,7 @@ def _integers(name: str, text: str | None) -> list[int] | None:
         return [int(part) for part in text.strip("[] ").split(",")]
     except ValueError as error:
         raise ConfigError(
-            f"predict: `{name}` must be whole numbers as in 100,200, got {text!r}; correct it"
+            f"{op}: `{name}` must be whole numbers as in 100,200, got {text!r}; correct it"
         ) from error
 
 

@@ -94,9 +94,7 @@ def _parser() -> tuple[Any, Callable[[Any], int]]:
     subcommands = parser.add_subcommands(required=True, dest="command")
     for name, command in _COMMANDS.items():
         subcommands.add_subcommand(name, _command_parser(command), help=_summary(command))
-    training = _new_parser(description=_summary(commands.train_command))
-    training.add_argument("--config", action="config", help="YAML file; the command line beats it")
-    training.add_class_arguments(TrainConfig)
+    training = _training_parser(commands.train_command)
     training.add_argument(
         "--resume",
         type=str,
@@ -104,12 +102,23 @@ def _parser() -> tuple[Any, Callable[[Any], int]]:
         help="go on with the run in this directory, with its own configuration",
     )
     subcommands.add_subcommand("train", training, help=_summary(commands.train_command))
+    sweep = _training_parser(commands.sweep_modes_command)
+    sweep.add_argument("--modes", type=str, required=True, help="numbers of modes, as 1,2,3,5")
+    subcommands.add_subcommand("sweep-modes", sweep, help=_summary(commands.sweep_modes_command))
     data = _new_parser(description="Inspect and make trajectories.")
     subcommands.add_subcommand("data", data, help="Inspect and make trajectories")
     data_subcommands = data.add_subcommands(required=True, dest="subcommand")
     for name, command in _DATA_COMMANDS.items():
         data_subcommands.add_subcommand(name, _command_parser(command), help=_summary(command))
     return parser, _run
+
+
+def _training_parser(command: _Command) -> Any:
+    """A parser of everything that configures a run."""
+    parser = _new_parser(description=_summary(command))
+    parser.add_argument("--config", action="config", help="YAML file; the command line beats it")
+    parser.add_class_arguments(TrainConfig)
+    return parser
 
 
 def _with_stored_config(arguments: list[str], run: str) -> list[str]:
@@ -133,6 +142,10 @@ def _run(parsed: Any) -> int:
         if run is not None:
             options["output"] = run  # wherever it is now
         return commands.train_command(config_from_dict(options), run is not None)
+    if name == "sweep-modes":
+        options = {key: value for key, value in values[name].items() if key != "config"}
+        modes = options.pop("modes")
+        return commands.sweep_modes_command(config_from_dict(options), modes)
     if name == "data":
         subcommand = values["data"]["subcommand"]
         return _call(_DATA_COMMANDS[subcommand], values["data"][subcommand])

@@ -25,6 +25,7 @@ from gfnode_fast.training.prediction import (
 )
 from gfnode_fast.training.problem import GraphMismatchError
 from gfnode_fast.training.report import Distribution, Report, read_report
+from gfnode_fast.training.sweep import ModeResult, save_sweep_figure, sweep_modes
 from gfnode_fast.training.trained import TrainedModel, load_model
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "DemoResult",
     "Distribution",
     "GraphMismatchError",
+    "ModeResult",
     "ModelConfig",
     "NonFiniteLossError",
     "OptimConfig",
@@ -55,6 +57,8 @@ __all__ = [
     "read_report",
     "run_demo",
     "save_figure",
+    "save_sweep_figure",
+    "sweep_modes",
     "train",
     "write_extxyz",
 ]

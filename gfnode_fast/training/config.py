@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gfnode_fast.data.readers import Format
+from gfnode_fast.nn.backends import BACKENDS
+from gfnode_fast.ops.graph_layers import PRECISIONS
 
 SAMPLE_PREFIX = "sample:"
 
@@ -164,6 +166,7 @@ class ModelConfig:
     norm: bool = False
     flat: bool = False
     backend: str = "auto"
+    precision: str = "fp32"
     solver_mode: Literal["joint", "per_molecule", "exact"] = "joint"
 
     def __post_init__(self) -> None:
@@ -171,6 +174,8 @@ class ModelConfig:
         _positive_int("model.hidden_nf", self.hidden_nf)
         _positive_int("model.num_modes", self.num_modes)
         _positive_int("model.time_emb_dim", self.time_emb_dim, minimum=4)
+        _choice("model.backend", self.backend, BACKENDS)
+        _choice("model.precision", self.precision, PRECISIONS)
         _choice("model.solver_mode", self.solver_mode, ("joint", "per_molecule", "exact"))
         _positive("model.rtol", self.rtol)
         _positive("model.atol", self.atol)

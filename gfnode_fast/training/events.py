@@ -46,6 +46,7 @@ class TrainResult:
         step, epoch: optimiser steps and passes made in all.
         best_mse, best_epoch: of the best validation, ``None`` before the first.
         seconds: wall-clock time of this call's training.
+        total_seconds: of all calls' that led to this state.
     """
 
     status: Status
@@ -55,3 +56,4 @@ class TrainResult:
     best_mse: float | None
     best_epoch: int | None
     seconds: float
+    total_seconds: float

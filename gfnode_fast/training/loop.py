@@ -214,6 +214,7 @@ class _Run:
             position.best_mse,
             position.best_epoch,
             self._seconds() - self.seconds_before,
+            self._seconds(),
         )
 
     def _loop(self) -> Status:

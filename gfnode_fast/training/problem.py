@@ -145,9 +145,12 @@ def build_model(config: TrainConfig, num_atoms: int, *, backend: str | None = No
     Args:
         config: of the run.
         num_atoms: N.
-        backend: in place of ``config.model.backend``.
+        backend: in place of ``config.model.backend``; another one than ``triton`` computes in fp32.
     """
-    model = config.model if backend is None else replace(config.model, backend=backend)
+    model = config.model
+    if backend is not None:
+        precision = model.precision if backend == "triton" else "fp32"
+        model = replace(model, backend=backend, precision=precision)
     if model.num_modes > num_atoms:
         raise ConfigError(
             f"config: `model.num_modes` must be at most the number of atoms ({num_atoms}), "

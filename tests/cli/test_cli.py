@@ -226,6 +226,26 @@ def test_spectrum(trajectory_file, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["eigenspaces"][1]["modes"] == 2
 
 
+def test_sweep_modes(config_file, tmp_path, capsys):
+    output = tmp_path / "sweep"
+    arguments = ["sweep-modes", "--config", str(config_file), "--output", str(output)]
+    assert main([*arguments, "--modes", "1,2,3"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: line for line in lines if line and line[0] in ("1", "2", "3")}
+    assert rows["2"][1:4] == ["cuts", "an", "eigenspace"]
+    found = json.loads((output / "sweep.json").read_text())["results"]
+    assert [r["num_modes"] for r in found] == [1, 2, 3]
+    assert [r["gap"] is None for r in found] == [False, False, True]
+    assert all(r["mse"] > 0 and r["step_seconds"] > 0 and r["steps"] == 12 for r in found)
+    assert (output / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    before = (output / "modes-1" / "metrics.csv").read_bytes()
+    assert main([*arguments, "--modes", "1"]) == 0  # what is there is not trained again
+    assert (output / "modes-1" / "metrics.csv").read_bytes() == before
+    capsys.readouterr()
+    assert main([*arguments, "--modes", "1,4"]) == 2
+    assert "`modes` must be different numbers from 1 to 3" in one_line(capsys)
+
+
 def test_simulate_passes_its_options(monkeypatch, capsys):
     asked = {}
 

@@ -54,6 +54,8 @@ def test_round_trip_through_plain_values(tmp_path):
         (lambda: ModelConfig(time_emb_dim=3), "model.time_emb_dim"),
         (lambda: ModelConfig(rtol=0.0), "model.rtol"),
         (lambda: ModelConfig(gnn_ablation_mode="gat"), "model.gnn_ablation_mode"),
+        (lambda: ModelConfig(backend="cuda"), "model.backend"),
+        (lambda: ModelConfig(precision="fp16"), "model.precision"),
         (lambda: ModelConfig(no_fourier=True), "model.fourier_basis"),
         (lambda: ModelConfig(fourier_basis=None), "model.fourier_basis"),
         (lambda: OptimConfig(lr=float("nan")), "optim.lr"),
