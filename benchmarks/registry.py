@@ -148,6 +148,8 @@ def cpu_op_rows() -> list[Row]:
     transforms = [Row(op, "backward", 50, m) for op in ("graph_fourier", "inverse_graph_fourier")
                   for m in (2, 13)]  # fmt: skip
     spectra = [Row("eigh", "forward", 512, molecule=f"random {n}") for n in (13, 33)]
+    spectra += [Row("eigh", "forward", 4096, molecule=f"random {n}")
+                for n in (6, 13, 21, 32, 48, 64)]  # fmt: skip
     return [Row("solve", "backward", 50), *transforms, *pieces, *spectra]
 
 

@@ -135,6 +135,7 @@ def _chosen() -> dict[str, dict[str, str]]:
 
     from gfnode_fast.nn.backends import ENVIRONMENT_VARIABLE, requested_backend
     from gfnode_fast.ops.dispatch import choose_automatically
+    from gfnode_fast.ops.eigh import choose_backend as choose_eigh
 
     try:
         asked = requested_backend("auto")
@@ -151,6 +152,8 @@ def _chosen() -> dict[str, dict[str, str]]:
             "reason": "Triton kernels are for GPUs",
         },
     }
+    eigh, eigh_reason = choose_eigh(torch.device("cpu"), 0)
+    chosen["eigh_batched on the CPU"] = {"backend": eigh, "reason": eigh_reason}
     devices = 0 if _why_no_cuda() else torch.cuda.device_count()
     for index in range(devices):
         backend, reason = choose_automatically(torch.device("cuda", index))
