@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.kernels import propagate_exact_launch as launch
-from gfnode_fast.ops import propagate_exact as module
-from gfnode_fast.ops.propagate_exact import check_status, propagate_exact
+from gfnode_fast.ops.propagate_exact import _plan, check_status, propagate_exact
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.solvers.exact import NORM_SLACK, degree_and_substeps
 from op_checks import BACKENDS, compiled_equals_eager, gradients, opcheck, relative_error, strided
@@ -182,7 +181,7 @@ def test_degree_and_steps_are_those_of_the_torch_path(norm: float, dtype: torch.
         expected = degree_and_substeps(
             weight.abs().amax().item() * NORM_SLACK, dtype, affine=affine
         )
-        assert tuple(module._plan(weight, affine).tolist()) == expected
+        assert tuple(_plan(weight, affine).tolist()) == expected
 
 
 def test_extremes() -> None:
