@@ -1,0 +1,238 @@
+"""Every pair of choices of graph layer, interaction, time mode, basis, solver mode, backend and
+dtype, in few models: values and every gradient against the reference, or the documented refusal.
+
+"joint" is held to the reference with the same steps, "per_molecule" to the reference on one
+molecule at a time, "exact" and uniform steps to the reference in float64 with tight tolerances.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import gfnode_fast
+from gfnode_fast import reference
+from gfnode_fast.solvers import compiled, fixed
+from golden_files import relative_error
+from model_inputs import constructor, inputs
+
+STEP = fixed(0.0002)  # a radian of the fastest time embedding
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "layer": ("egnn", "sage", "gcn"),
+    "interaction": ("no_interaction", "attention", "concat"),
+    "time_mode": ("none", "concat", "mlp", "posenc", "rope"),
+    "basis": ("graph", "linear", None),
+    "solver_mode": ("joint", "per_molecule", "exact", STEP),
+    "backend": ("auto", "torch", "cpp", "triton", "compiled", "reference"),
+    "dtype": (torch.float32, torch.float64),
+}
+BATCH, NUM_ATOMS, NUM_TIMES, LAST_FRAME, DELTA_FRAME = 2, 5, 2, 100, 5000  # so that s <= 0.02
+GROWTH = 20.0  # of the weights of the dynamics, whose norm times s is then about 1
+
+# (values, gradients), relative. Measured: steps of the reference 2e-6 and 3e-5 in fp32, 1e-14 and
+# 1e-12 in fp64; exact and uniform steps 1e-6 and 2e-3 in fp32 (time_mlp's ReLU has kinks), 2e-9 and
+# 1e-7 in fp64.
+BOUNDS: dict[tuple[str, torch.dtype], tuple[float, float]] = {
+    ("steps", torch.float32): (1e-5, 5e-4),
+    ("steps", torch.float64): (1e-9, 1e-8),
+    ("exact", torch.float32): (1e-4, 5e-3),
+    ("exact", torch.float64): (1e-6, 1e-5),
+}
+
+
+class Case(NamedTuple):
+    """One choice of each."""
+
+    layer: str
+    interaction: str
+    time_mode: str
+    basis: str | None
+    solver_mode: Any
+    backend: str
+    dtype: torch.dtype
+
+    @property
+    def mixes(self) -> bool:
+        return self.basis != "linear" and self.interaction != "no_interaction"
+
+    @property
+    def oscillates(self) -> bool:
+        return self.basis != "linear" and self.time_mode in ("posenc", "rope")
+
+    def __str__(self) -> str:
+        return "-".join(str(value).removeprefix("torch.") for value in self)
+
+
+def refusal(case: Case) -> tuple[type[Exception], str] | None:
+    """The documented refusal of this combination: error, and what its message names."""
+    mode, backend = case.solver_mode, case.backend
+    if mode == "exact" and case.mixes:
+        return ValueError, "where modes interact"
+    if backend == "reference" and mode != "joint":
+        return ValueError, "`solver_mode` must be 'joint'"
+    if backend == "compiled":
+        if case.basis == "linear":
+            return RuntimeError, "fourier_basis='linear'"
+        if mode != "joint":
+            return ValueError, "`solver_mode` must be 'joint'"
+    if backend == "cpp":
+        if case.oscillates and mode in ("joint", "per_molecule"):
+            return ValueError, "`backend` must be 'auto', 'torch' or 'reference'"
+        if case.dtype != torch.float32:
+            return TypeError, "got 'cpp'"
+    if backend == "triton":
+        served = case.time_mode in ("none", "concat") and not case.mixes
+        if case.basis == "linear" or not served or mode not in ("joint", "exact"):
+            return RuntimeError, "`backend='triton'` must have kernels"
+        return RuntimeError, "its kernels are not there yet"  # of the graph layers
+    return None
+
+
+def cover(cases: list[Case]) -> list[Case]:
+    """Few of the cases that hold every pair of choices that any of them holds; greedy, in order."""
+    fields = list(itertools.combinations(range(len(CHOICES)), 2))
+    numbers: dict[tuple[int, int, Any, Any], int] = {}
+    masks = [
+        sum(1 << numbers.setdefault((i, j, c[i], c[j]), len(numbers)) for i, j in fields)
+        for c in cases
+    ]
+    left, chosen = (1 << len(numbers)) - 1, []
+    while left:
+        best = max(range(len(cases)), key=lambda n: (masks[n] & left).bit_count())
+        left &= ~masks[best]
+        chosen.append(cases[best])
+    return chosen
+
+
+EVERY = [Case(*values) for values in itertools.product(*CHOICES.values())]
+SERVED = cover([case for case in EVERY if refusal(case) is None])
+REFUSED = cover([case for case in EVERY if refusal(case) is not None])
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    return constructor(
+        gnn_ablation_mode=case.layer,
+        mode_interaction=case.interaction,
+        time_mode=case.time_mode,
+        fourier_basis=case.basis,
+        no_fourier=case.basis is None,
+        num_modes=NUM_ATOMS if case.basis is None else 2,
+        num_timesteps=NUM_TIMES,
+        hidden_nf=4,
+        time_emb_dim=4,
+        delta_frame=DELTA_FRAME,
+        solver="rk4" if case.solver_mode == STEP else "dopri5",
+    ) | ({"rtol": 1e-6, "atol": 1e-8} if case.solver_mode == "exact" else {})
+
+
+def built(case: Case) -> gfnode_fast.FourierMD:
+    torch.manual_seed(0)
+    model = gfnode_fast.FourierMD(
+        **arguments(case), backend=case.backend, solver_mode=case.solver_mode
+    ).to(case.dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("weights1"):
+                parameter.sub_(parameter.mean()).mul_(GROWTH)
+    return model
+
+
+def given_inputs(dtype: torch.dtype) -> dict[str, Any]:
+    return inputs(BATCH, NUM_ATOMS, NUM_TIMES, dtype, delta_frame=LAST_FRAME)
+
+
+def molecules(model: Callable[..., Any], given: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The model on one molecule at a time."""
+    row, col = given["edge_index"]
+    parts = []
+    for b in range(BATCH):
+        atoms = slice(b * NUM_ATOMS, (b + 1) * NUM_ATOMS)
+        own = (row >= atoms.start) & (row < atoms.stop)
+        alone = {k: given[k][atoms] for k in ("x", "h", "v", "loc_mean")}
+        alone["edge_index"] = (row[own] - atoms.start, col[own] - atoms.start)
+        alone["edge_fea"] = given["edge_fea"][own]
+        alone |= {k: given[k][b : b + 1] for k in ("timeframes", "U_batch")}
+        parts.append([o.view(NUM_TIMES, NUM_ATOMS, -1) for o in model(**alone)[:3]])
+    return tuple(torch.cat(part, dim=1).flatten(0, 1) for part in zip(*parts, strict=True))
+
+
+def outcome(
+    run: Callable[..., Any], model: torch.nn.Module, given: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Outputs and the gradient of every parameter and input."""
+    leaves = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in given.items()
+        if isinstance(value, Tensor) and name != "timeframes"
+    }
+    outputs = run(**(given | leaves))[:3]
+    sum((o * o).mean() for o in outputs).backward()
+    found = dict(zip(("x", "v", "h"), (o.detach().double() for o in outputs), strict=True))
+    for name, leaf in [*model.named_parameters(), *leaves.items()]:
+        grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        found[f"grad {name}"] = grad.double()
+    return found
+
+
+def expected_outcome(case: Case, model: gfnode_fast.FourierMD) -> dict[str, Tensor]:
+    changes: dict[str, Any] = {}
+    dtype = case.dtype
+    if case.solver_mode in ("exact", STEP):
+        changes, dtype = {"rtol": 1e-9, "atol": 1e-11, "solver": "dopri5"}, torch.float64
+    oracle = reference.FourierMD(**(arguments(case) | changes)).to(dtype)
+    oracle.load_state_dict(model.state_dict())
+    given = given_inputs(dtype)
+    if case.solver_mode == "per_molecule":
+        return outcome(lambda **every: molecules(oracle, every), oracle, given)
+    return outcome(oracle, oracle, given)
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """backend="compiled" without code generation, which takes minutes."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(compiled, "_GRAPHS", {})
+
+
+@pytest.mark.parametrize("case", SERVED, ids=str)
+def test_served(case: Case) -> None:
+    model = built(case)
+    expected = expected_outcome(case, model)
+    actual = outcome(model, model, given_inputs(case.dtype))
+    kind = "exact" if case.solver_mode in ("exact", STEP) else "steps"
+    values, gradients = BOUNDS[kind, case.dtype]
+    floor = 1e-3 * max(v.norm().item() for k, v in expected.items() if k.startswith("grad"))
+    for name, value in expected.items():
+        if name.startswith("grad"):
+            assert relative_error(actual[name], value, floor) < gradients, name
+        else:
+            assert relative_error(actual[name], value) < values, name
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_refused(case: Case) -> None:
+    found = refusal(case)
+    assert found is not None
+    error, names = found
+    with pytest.raises(error) as raised:
+        built(case)(**given_inputs(case.dtype))
+    message = str(raised.value)
+    assert names in message
+    assert " must " in message
+    assert " got " in message
+    assert "; " in message
+
+
+def test_every_pair_is_covered() -> None:
+    pairs = {
+        (i, j, case[i], case[j])
+        for case in [*SERVED, *REFUSED]
+        for i, j in itertools.combinations(range(len(CHOICES)), 2)
+    }
+    sizes = [len(choices) for choices in CHOICES.values()]
+    assert len(pairs) == sum(a * b for a, b in itertools.combinations(sizes, 2))
