@@ -41,14 +41,15 @@ def propagate(
     transforms: str = "auto",
     solver_mode: SolverMode = "joint",
     activation: Callable[[Tensor], Tensor] | None = None,
+    ptr: Tensor | None = None,
 ) -> Tensor:
     """The propagator's output with its own parameters, without the published output handling.
 
     Args:
         propagator: reference module that holds basis, solver and parameters.
-        signal: (B, N, D, C) at time 0.
+        signal: (B, N, D, C) at time 0; (ΣN, D, C) with `ptr`.
         times: (B, T) normalised times > 0.
-        eigvecs: (B, N, N) for the graph basis, else ignored.
+        eigvecs: (B, N, N) for the graph basis, else ignored; (ΣN²,) with `ptr`.
         stats: counts evaluations and steps when given.
         backend: of the solve: "torch", "compiled" for torch.compile around the solver loop, or
             "triton", which takes the transforms too.
@@ -58,9 +59,12 @@ def propagate(
             `fixed(step_size)` are those of `gfnode_fast.solvers`.
         activation: when given, what the model does next is done here: the result is the signal
             plus the activation of what was propagated, in one pass where it is compiled.
+        ptr: (B+1,) int64, molecules of different size: molecule b owns the atoms ptr[b] ...
+            ptr[b+1]-1, as in `graph_fourier`. Modes that a molecule does not have (m >= N_b) start
+            at 0. Of the graph basis only.
 
     Returns:
-        (T, B, N, D, C).
+        (T, B, N, D, C), or (T, ΣN, D, C) with `ptr`.
 
     Raises:
         ValueError: another backend; a solver_mode that this dynamics, solver or backend does not
@@ -76,9 +80,10 @@ def propagate(
     """
     check_choice("backend", backend, SOLVE_BACKENDS)
     check_mode_of("propagate", solver_mode, propagator.t_conv, backend)
+    _check_shapes(propagator, signal, times, ptr)
     stats = SolveStats() if stats is None else stats
     transforms = "triton" if backend == "triton" else transforms
-    modes = _transform(propagator, signal, eigvecs, transforms)
+    modes = _transform(propagator, signal, eigvecs, ptr, transforms)
     if backend == "triton":
         solved = triton_solve(propagator.t_conv, modes, times, stats, solver_mode)
     elif solver_mode != "joint":
@@ -87,7 +92,7 @@ def propagate(
         solved = compiled_solve(propagator.t_conv, modes, times, stats)
     else:
         solved = _solve(propagator.t_conv, modes, times, stats)
-    return _transform_back(propagator, solved, signal, eigvecs, activation, transforms)
+    return _transform_back(propagator, solved, signal, eigvecs, ptr, activation, transforms)
 
 
 def check_mode_of(op: str, mode: object, ode: ModeODE, backend: str) -> None:
@@ -113,16 +118,41 @@ def _is_chaotic(ode: ModeODE) -> bool:
     return not isinstance(function, LinearBasisRHS) and function.time_mode in CHAOTIC_TIME_MODES
 
 
+def _check_shapes(
+    propagator: Propagator, signal: Tensor, times: Tensor, ptr: Tensor | None
+) -> None:
+    if ptr is not None and propagator.basis != "graph":
+        raise ValueError(
+            "propagate: `ptr` must be None without the graph basis, got offsets for "
+            f"{propagator.basis!r}; propagate molecules of one size at a time"
+        )
+    shape, dims = ("(B, N, D, C)", 4) if ptr is None else ("(ΣN, D, C) beside `ptr`", 3)
+    if signal.dim() != dims:
+        raise ValueError(
+            f"propagate: `signal` must be {shape}, got {tuple(signal.shape)}; reshape it"
+        )
+    batch = signal.shape[0] if ptr is None else ptr.shape[0] - 1
+    if times.dim() != 2 or times.shape[0] != batch:
+        raise ValueError(
+            f"propagate: `times` must be ({batch}, T), got {tuple(times.shape)}; pass a row of "
+            "times for each molecule"
+        )
+
+
 def _transform(
-    propagator: Propagator, signal: Tensor, eigvecs: Tensor | None, backend: str
+    propagator: Propagator,
+    signal: Tensor,
+    eigvecs: Tensor | None,
+    ptr: Tensor | None,
+    backend: str,
 ) -> Tensor:
-    """(B, N, D, C) → (M, B, D, C)."""
-    if propagator.basis != "graph" or _is_chaotic(propagator.t_conv):
+    """(B, N, D, C), or (ΣN, D, C) with `ptr` → (M, B, D, C)."""
+    if propagator.basis != "graph" or (ptr is None and _is_chaotic(propagator.t_conv)):
         return propagator.transform(signal, eigvecs)
     assert eigvecs is not None
-    batch, _, components, channels = signal.shape
-    modes = graph_fourier(signal.flatten(2), eigvecs, propagator.num_modes, backend=backend)
-    return modes.view(batch, -1, components, channels).transpose(0, 1)
+    channels = signal.flatten(-2)
+    modes = graph_fourier(channels, eigvecs, propagator.num_modes, ptr=ptr, backend=backend)
+    return modes.view(*modes.shape[:2], *signal.shape[-2:]).transpose(0, 1)
 
 
 def _solve(ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats) -> Tensor:
@@ -164,20 +194,24 @@ def _transform_back(
     solved: Tensor,
     signal: Tensor,
     eigvecs: Tensor | None,
+    ptr: Tensor | None,
     activation: Callable[[Tensor], Tensor] | None,
     backend: str,
 ) -> Tensor:
-    """(B, T, D, M, C) → (T, B, N, D, C)."""
+    """(B, T, D, M, C) → (T, B, N, D, C), or (T, ΣN, D, C) with `ptr`."""
     if propagator.basis != "graph":
         out = propagator.transform_back(solved.permute(1, 0, 3, 2, 4), signal.shape[1], eigvecs)
-    else:
-        assert eigvecs is not None
-        if (
-            activation is not None
-            and backend == "auto"
-            and serves(solved, eigvecs, signal, activation)
-        ):
-            return synthesise_solved(solved, eigvecs, signal, activation)
-        modes = solved.permute(1, 0, 3, 2, 4).flatten(3)
-        out = inverse_graph_fourier(modes, eigvecs, backend=backend).unflatten(3, signal.shape[2:])
+        return out if activation is None else signal + activation(out)
+    assert eigvecs is not None
+    if (
+        activation is not None
+        and ptr is None
+        and backend == "auto"
+        and serves(solved, eigvecs, signal, activation)
+    ):
+        return synthesise_solved(solved, eigvecs, signal, activation)
+    modes = solved.permute(1, 0, 3, 2, 4).flatten(3)
+    total = None if ptr is None else len(signal)
+    flat = inverse_graph_fourier(modes, eigvecs, ptr=ptr, total_atoms=total, backend=backend)
+    out = flat.view(*flat.shape[:-1], *signal.shape[-2:])
     return out if activation is None else signal + activation(out)
