@@ -29,6 +29,7 @@ from gfnode_fast.training import (
 from gfnode_fast.training.config import DataConfig
 from gfnode_fast.training.demo import REQUIRED_IMPROVEMENT
 from gfnode_fast.training.problem import load_problem, molecule_graph, read_trajectory
+from gfnode_fast.training.ranks import is_first_process
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -60,9 +61,12 @@ def demo_command(output: str = "runs/demo") -> int:
 
 def train_command(config: TrainConfig, resume: bool) -> int:
     """Train a model."""
-    with console.training_progress() as progress:
-        result = train(config, resume=resume, progress=progress)
-    console.say_training(result)
+    if is_first_process():
+        with console.training_progress() as progress:
+            result = train(config, resume=resume, progress=progress)
+        console.say_training(result)
+    else:
+        result = train(config, resume=resume)
     return INTERRUPTED if result.status == "interrupted" else OK
 
 

@@ -22,6 +22,7 @@ from gfnode_fast.training import (
     ConfigError,
     GraphMismatchError,
     NonFiniteLossError,
+    PeerLostError,
     TrainConfig,
     config_from_dict,
 )
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _bad_input(f"gfnode-fast: {error}")
     try:
         return run(parsed)
-    except (NonFiniteLossError, SimulationError, SolverError) as error:
+    except (NonFiniteLossError, PeerLostError, SimulationError, SolverError) as error:
         console.complain(f"gfnode-fast: {error}")
         return commands.FAILED
     except (ConfigError, CheckpointError, GraphMismatchError, TrajectoryError, OSError) as error:

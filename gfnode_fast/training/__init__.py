@@ -24,6 +24,7 @@ from gfnode_fast.training.prediction import (
     predict_from_trajectory,
 )
 from gfnode_fast.training.problem import GraphMismatchError
+from gfnode_fast.training.ranks import PeerLostError
 from gfnode_fast.training.report import Distribution, Report, read_report
 from gfnode_fast.training.sweep import ModeResult, save_sweep_figure, sweep_modes
 from gfnode_fast.training.trained import TrainedModel, load_model
@@ -40,6 +41,7 @@ __all__ = [
     "ModelConfig",
     "NonFiniteLossError",
     "OptimConfig",
+    "PeerLostError",
     "Report",
     "TrainConfig",
     "TrainEvent",

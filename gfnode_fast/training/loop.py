@@ -60,6 +60,7 @@ from gfnode_fast.training.problem import (
     torch_dtype,
     warn_if_modes_cut,
 )
+from gfnode_fast.training.ranks import Ranks, joined_ranks, local_device
 
 
 @dataclass
@@ -81,6 +82,10 @@ def train(
 ) -> TrainResult:
     """Train a model; the loss is the mean squared error of the positions over atoms and times.
 
+    Under ``torchrun`` the processes share every batch (`gfnode_fast.training.ranks`): the same run
+    as in one process, to rounding and, with joint steps, the solver's tolerance. Rank 0 writes.
+    A run may be resumed by another number of processes.
+
     SIGINT and SIGTERM (when called from the main thread) end the run after the current step with
     a "last" checkpoint; a second one is handled as if this function were not there.
 
@@ -97,6 +102,7 @@ def train(
         CheckpointError: on resume, a missing or damaged checkpoint, or changed data.
         NonFiniteLossError: the loss or its gradient was not finite. The update of that step was
             left out and no checkpoint has been written since.
+        PeerLostError: another rank ended.
     """
     output = Path(config.output)
     if not resume and (output / "last.json").exists():
@@ -105,42 +111,58 @@ def train(
             "resume it or choose another directory"
         )
     checkpoint = _read_resumable(config) if resume else None
-    device = resolve_device(config.device)
-    with forked_random_state(device), interruptions() as interrupted:
-        run = _Run(config, device, checkpoint, interrupted, progress)
-        with contextlib.closing(run.metrics):
+    device = resolve_device(local_device(config.device))
+    with (
+        forked_random_state(device),
+        interruptions() as interrupted,
+        joined_ranks(device) as ranks,
+    ):
+        ranks.wait(device)  # until all have looked for an earlier run
+        run = _Run(config, device, ranks, checkpoint, interrupted, progress)
+        with contextlib.closing(run.metrics) if run.metrics else contextlib.nullcontext():
             return run.run()
 
 
 def epoch_order(seed: int, epoch: int, num_windows: int) -> Tensor:
     """The order of the training windows in an epoch: a function of seed and epoch alone."""
-    entropy = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint32)
-    generator = torch.Generator().manual_seed(int(entropy[0]))
+    generator = torch.Generator().manual_seed(_seed(seed, epoch))
     return torch.randperm(num_windows, generator=generator)
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
 
 
 @torch.no_grad()
 def mean_squared_errors(
-    model: FourierMD, dataset: WindowDataset, *, batch_size: int, seed: int = 0
+    model: FourierMD,
+    dataset: WindowDataset,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> tuple[float, float]:
     """MSE of the positions over all T times, and at the last time, over all windows of a data set.
 
     The VAE's noise is drawn from ``seed``; global random state is restored. Read from the device
-    once, at the end.
+    once, at the end. Ranks take batches in turn: every window counts once.
     """
+    ranks = ranks or Ranks()
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64, device=device)
     with forked_random_state(device):
-        torch.manual_seed(seed)
-        for index in torch.arange(len(dataset), device=device).split(batch_size):
+        torch.manual_seed(seed + ranks.rank)
+        batches = torch.arange(len(dataset), device=device).split(batch_size)
+        for index in batches[ranks.rank :: ranks.count]:
             batch = dataset.batch(index)
             predicted = model(**batch.inputs())[0]
             squared = (predicted - batch.target).double().square()
             by_time = squared.view(batch.timeframes.shape[1], -1).mean(dim=1)
             total += len(index) * torch.stack((by_time.mean(), by_time[-1]))
     model.train(was_training)
+    ranks.sum([total])
     mse, last = (total / len(dataset)).tolist()
     return mse, last
 
@@ -152,11 +174,12 @@ class _Run:
         self,
         config: TrainConfig,
         device: torch.device,
+        ranks: Ranks,
         checkpoint: Checkpoint | None,
         interrupted: threading.Event,
         progress: Callback | None,
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.ranks = config, device, ranks
         self.interrupted, self.progress = interrupted, progress
         self.output = Path(config.output)
         stored = graph_from_tensors(checkpoint.section("graph")) if checkpoint else None
@@ -181,21 +204,25 @@ class _Run:
             self._restore(checkpoint)
         else:
             warn_if_modes_cut(config, self.problem.graph)
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.metrics = MetricsLog(
-            self.output, keep_rows=self.position.rows, tensorboard=config.tensorboard
-        )
-        write_json(self.output / "config.json", config_to_dict(config))
-        save_windows(
-            self.output / "windows.json",
-            self.problem.windows,
-            self.problem.trajectory,
-            options=config_to_dict(config)["data"],
-        )
+        self.metrics = self._begin_files() if ranks.is_first else None
         self.batches_per_epoch = -(-len(self.train_set) // config.optim.batch_size)
         self.total_steps = config.optim.epochs * self.batches_per_epoch
         self.started = time.perf_counter()
         self.seconds_before = self.position.seconds
+
+    def _begin_files(self) -> MetricsLog:
+        self.output.mkdir(parents=True, exist_ok=True)
+        metrics = MetricsLog(
+            self.output, keep_rows=self.position.rows, tensorboard=self.config.tensorboard
+        )
+        write_json(self.output / "config.json", config_to_dict(self.config))
+        save_windows(
+            self.output / "windows.json",
+            self.problem.windows,
+            self.problem.trajectory,
+            options=config_to_dict(self.config)["data"],
+        )
+        return metrics
 
     def run(self) -> TrainResult:
         self._tell("start")
@@ -241,24 +268,29 @@ class _Run:
 
     def _reason_to_stop(self) -> Status | None:
         config = self.config
-        if self.interrupted.is_set():
-            return "interrupted"
         if config.max_steps is not None and self.position.step >= config.max_steps:
             return "max_steps"
+        # Several ranks must agree, and do so where losses are read anyway.
+        if self.ranks.count > 1 and self.position.step % config.log_every:
+            return None
+        if self.ranks.any(self.interrupted.is_set(), self.device):
+            return "interrupted"
         elapsed = time.perf_counter() - self.started
-        if config.max_seconds is not None and elapsed >= config.max_seconds:
-            return "max_seconds"
-        return None
+        late = config.max_seconds is not None and elapsed >= config.max_seconds
+        return "max_seconds" if self.ranks.any(late, self.device) else None
 
     def _step(self, index: Tensor) -> None:
         optim, position = self.config.optim, self.position
+        if self.ranks.count > 1 and self.config.model.use_vae:
+            torch.manual_seed(_seed(optim.seed, position.step, self.ranks.rank))
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=self.readings.dtype, device=self.device)
-        for part in index.tensor_split(min(optim.accumulate, len(index))):
-            share = self._loss(part) * (len(part) / len(index))
+        for part, weight in self._parts(index):
+            share = self._loss(part) * weight
             share.backward()
             loss += share.detach()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.ranks.sum([loss, *gradients])
         norm = torch.nn.utils.get_total_norm(gradients)
         if optim.clip_norm is not None:
             clip_to_norm(gradients, norm, optim.clip_norm)
@@ -271,6 +303,14 @@ class _Run:
             self.average.update(position.step)
         if position.step % len(self.readings) == 0:
             self._read()
+
+    def _parts(self, index: Tensor) -> list[tuple[Tensor, float]]:
+        """What this rank runs of a batch, one after the other, and the weight of each part."""
+        own = self.ranks.share(index)
+        if len(own) == 0:  # gradients are summed over the ranks: one window, which does not count
+            return [(index[:1], 0.0)]
+        parts = own.tensor_split(min(self.config.optim.accumulate, len(own)))
+        return [(part, len(part) / len(index)) for part in parts]
 
     def _loss(self, index: Tensor) -> Tensor:
         batch = self.train_set.batch(index)
@@ -331,7 +371,11 @@ class _Run:
         where = f"in the validation after step {position.step}"
         with self._naming_failed_solves(where), self._averaged():
             mse, last = mean_squared_errors(
-                self.model, self.val_set, batch_size=optim.batch_size, seed=optim.seed
+                self.model,
+                self.val_set,
+                batch_size=optim.batch_size,
+                seed=optim.seed,
+                ranks=self.ranks,
             )
         improved = position.best_mse is None or mse < position.best_mse
         if improved:
@@ -351,7 +395,8 @@ class _Run:
             "lr": self._lr(),
             **values,
         }
-        self.metrics.write(row)
+        if self.metrics is not None:
+            self.metrics.write(row)
         self._tell(kind, values)
 
     def _tell(
@@ -359,7 +404,7 @@ class _Run:
         kind: Literal["start", "train", "validation", "end"],
         values: Mapping[str, float] | None = None,
     ) -> None:
-        if self.progress is not None:
+        if self.progress is not None and self.ranks.is_first:
             position = self.position
             self.progress(
                 TrainEvent(kind, position.step, self.total_steps, position.epoch, values or {})
@@ -369,6 +414,8 @@ class _Run:
         return self.seconds_before + time.perf_counter() - self.started
 
     def _save(self, name: Literal["best", "last"]) -> None:
+        if self.metrics is None:
+            return
         self.position.seconds, self.position.rows = self._seconds(), self.metrics.num_rows
         state = {f"graph.{k}": t for k, t in graph_to_tensors(self.problem.graph).items()}
         manifest: dict[str, Any] = {
