@@ -111,9 +111,11 @@ def _mode_mlp_kernel(
 
     Forward stores h; backward reads it for relu's derivative and stores its gradient.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_R
+    row = first_row + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     h = tl.arange(0, BLOCK_H)
+    stride_ym = first_row * 0 + stride_ym  # 64-bit, like the addresses it makes
     mask_r = row < num_rows
     mask_y = mask_r[:, None] & (c < num_channels)[None, :]
     mask_h = mask_r[:, None] & (h < num_hidden)[None, :]
@@ -145,13 +147,24 @@ def _mode_mlp_kernel(
 
 
 @triton.jit
-def _attend(u, y_ptr, row, stride_yr, stride_ym, c, mask_y, num_modes):
-    """Σ_n softmax_n(u · y_n) y_n, and the softmax's logarithmic normaliser, a mode n at a time."""
-    largest = tl.sum(u * _load_rows(y_ptr, row, stride_yr, c, mask_y), axis=1)
+def _query(y_ptr, mask_y, key_ptr, stride_ki, stride_ko, query_bias, c, num_channels, PRECISION):
+    """u = y P + q of one mode."""
+    y = tl.load(y_ptr, mask=mask_y, other=0.0)
+    key = _load_matrix(key_ptr, c, stride_ki, num_channels, c, stride_ko, num_channels)
+    return tl.dot(y, key, input_precision=PRECISION, out_dtype=y.dtype) + query_bias[None, :]
+
+
+@triton.jit
+def _attend(u, y_ptr, stride_ym, mask_y, num_modes):
+    """Σ_n softmax_n(u · y_n) y_n, and the softmax's logarithmic normaliser, a mode n at a time.
+
+    `y_ptr` points to the tile of mode 0, `stride_ym` leads to the next mode's.
+    """
+    largest = tl.sum(u * tl.load(y_ptr, mask=mask_y, other=0.0), axis=1)
     total = tl.zeros_like(largest)
     acc = tl.zeros_like(u)
     for n in range(0, num_modes):
-        y = _load_rows(y_ptr + n * stride_ym, row, stride_yr, c, mask_y)
+        y = tl.load(y_ptr + n * stride_ym, mask=mask_y, other=0.0)
         score = tl.sum(u * y, axis=1)
         larger = tl.maximum(largest, score)
         shrink = tl.exp(largest - larger)
@@ -160,6 +173,26 @@ def _attend(u, y_ptr, row, stride_yr, stride_ym, c, mask_y, num_modes):
         acc = acc * shrink[:, None] + weight[:, None] * y
         largest = larger
     return acc / total[:, None], largest + tl.log(total)
+
+
+@triton.jit
+def _pull_attention(
+    grad_a, u, a, normaliser, y_ptr, stride_ym, grad_y_ptr, stride_gm, mask_y, m, num_modes
+):
+    """The gradient of u_m; adds those of all y_n to `grad_y_ptr`, or stores them for m = 0."""
+    along = tl.sum(grad_a * a, axis=1)
+    grad_u = tl.zeros_like(u)
+    for n in range(0, num_modes):
+        y = tl.load(y_ptr + n * stride_ym, mask=mask_y, other=0.0)
+        weight = tl.exp(tl.sum(u * y, axis=1) - normaliser)
+        grad_score = weight * (tl.sum(grad_a * y, axis=1) - along)
+        grad_u += grad_score[:, None] * y
+        grad_y = weight[:, None] * grad_a + grad_score[:, None] * u
+        to = grad_y_ptr + n * stride_gm
+        if m > 0:
+            grad_y += tl.load(to, mask=mask_y, other=0.0)
+        tl.store(to, grad_y, mask=mask_y)
+    return grad_u
 
 
 @triton.jit
@@ -184,16 +217,20 @@ def _mode_attention_fwd_kernel(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_R
+    row = first_row + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     mask_c = c < num_channels
     mask_y = (row < num_rows)[:, None] & mask_c[None, :]
+    y_ptr += row[:, None] * stride_yr + c[None, :]
+    stride_ym = first_row * 0 + stride_ym  # 64-bit, like the addresses it makes
     query_bias = tl.load(query_bias_ptr + c, mask=mask_c, other=0.0)
     for m in range(0, num_modes):
-        y = _load_rows(y_ptr + m * stride_ym, row, stride_yr, c, mask_y)
-        key = _load_matrix(key_ptr, c, stride_ki, num_channels, c, stride_ko, num_channels)
-        u = tl.dot(y, key, input_precision=PRECISION, out_dtype=y.dtype) + query_bias[None, :]
-        a, _ = _attend(u, y_ptr, row, stride_yr, stride_ym, c, mask_y, num_modes)
+        u = _query(
+            y_ptr + m * stride_ym, mask_y, key_ptr, stride_ki, stride_ko, query_bias, c,
+            num_channels, PRECISION,
+        )  # fmt: skip
+        a, _ = _attend(u, y_ptr, stride_ym, mask_y, num_modes)
         w = _load_matrix(
             weight_ptr + m * stride_wm, c, stride_wi, num_channels, c, stride_wo, num_channels
         )
@@ -230,34 +267,32 @@ def _mode_attention_bwd_kernel(
     PRECISION: tl.constexpr,
 ):
     """Stores a_m = Σ_n A_mn y_n, the gradient of u_m and that of y, for `grad` of dy."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_R
+    row = first_row + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     mask_c = c < num_channels
     mask_y = (row < num_rows)[:, None] & mask_c[None, :]
+    y_ptr += row[:, None] * stride_yr + c[None, :]
+    grad_ptr += row[:, None] * stride_gr + c[None, :]
+    stride_ym = first_row * 0 + stride_ym  # 64-bit, like the addresses it makes
+    stride_gm = first_row * 0 + stride_gm
     query_bias = tl.load(query_bias_ptr + c, mask=mask_c, other=0.0)
     at = row[:, None] * num_modes * num_channels + c[None, :]
     for m in range(0, num_modes):
-        y = _load_rows(y_ptr + m * stride_ym, row, stride_yr, c, mask_y)
-        key = _load_matrix(key_ptr, c, stride_ki, num_channels, c, stride_ko, num_channels)
-        u = tl.dot(y, key, input_precision=PRECISION, out_dtype=y.dtype) + query_bias[None, :]
-        a, normaliser = _attend(u, y_ptr, row, stride_yr, stride_ym, c, mask_y, num_modes)
-        grad = _load_rows(grad_ptr + m * stride_gm, row, stride_gr, c, mask_y)
+        u = _query(
+            y_ptr + m * stride_ym, mask_y, key_ptr, stride_ki, stride_ko, query_bias, c,
+            num_channels, PRECISION,
+        )  # fmt: skip
+        a, normaliser = _attend(u, y_ptr, stride_ym, mask_y, num_modes)
+        grad = tl.load(grad_ptr + m * stride_gm, mask=mask_y, other=0.0)
         w = _load_matrix(
             weight_ptr + m * stride_wm, c, stride_wo, num_channels, c, stride_wi, num_channels
         )
         grad_a = tl.dot(grad, w, input_precision=PRECISION, out_dtype=grad.dtype)
-        along = tl.sum(grad_a * a, axis=1)
-        grad_u = tl.zeros_like(u)
-        for n in range(0, num_modes):
-            y = _load_rows(y_ptr + n * stride_ym, row, stride_yr, c, mask_y)
-            weight = tl.exp(tl.sum(u * y, axis=1) - normaliser)
-            grad_score = weight * (tl.sum(grad_a * y, axis=1) - along)
-            grad_u += grad_score[:, None] * y
-            grad_y = weight[:, None] * grad_a + grad_score[:, None] * u
-            to = grad_y_ptr + at + n * num_channels
-            if m > 0:
-                grad_y += tl.load(to, mask=mask_y, other=0.0)
-            tl.store(to, grad_y, mask=mask_y)
+        grad_u = _pull_attention(
+            grad_a, u, a, normaliser, y_ptr, stride_ym, grad_y_ptr + at, num_channels, mask_y, m,
+            num_modes,
+        )  # fmt: skip
         tl.store(mixed_ptr + at + m * num_channels, a, mask=mask_y)
         tl.store(grad_u_ptr + at + m * num_channels, grad_u, mask=mask_y)
         tl.debug_barrier()  # threads may read what others have added

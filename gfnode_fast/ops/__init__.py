@@ -11,6 +11,7 @@ from gfnode_fast.ops.graph_layers_torch import EGNNWeights, MeanWeights, MLPWeig
 from gfnode_fast.ops.joint_status import check_joint_status
 from gfnode_fast.ops.mode_rhs import mode_rhs
 from gfnode_fast.ops.propagate import propagate
+from gfnode_fast.ops.propagate_attention import propagate_attention
 from gfnode_fast.ops.propagate_exact import check_status, propagate_exact
 from gfnode_fast.ops.propagate_joint import propagate_joint
 from gfnode_fast.ops.topology import Topology, topology
@@ -29,6 +30,7 @@ __all__ = [
     "inverse_graph_fourier",
     "mode_rhs",
     "propagate",
+    "propagate_attention",
     "propagate_exact",
     "propagate_joint",
     "sage_layer",

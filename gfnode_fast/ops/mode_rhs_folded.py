@@ -27,9 +27,8 @@ def fold_linear(weight: Tensor, e: Tensor | None, channels: int) -> tuple[Tensor
     return weight[:, :channels], bias
 
 
-def fold_attention(
+def _attention_products(
     weight: Tensor,
-    e: Tensor | None,
     channels: int,
     in_weight: Tensor,
     in_bias: Tensor,
@@ -38,20 +37,41 @@ def fold_attention(
     post_weight: Tensor,
     post_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Published parameters → P (C, C), q (C,), W (M, C, C), b (M, C)."""
+    """(E, C) of the scores and their constant row (C,); (M, E, C) of what is mixed and its constant
+    rows (M, C). The first C of the E rows are for y, the others for e.
+    """
     query, key, value = in_weight.chunk(3)
     query_bias, _, value_bias = in_bias.chunk(3)
     key = key[:, :channels] / math.sqrt(key.shape[1])
-    scores = query.T @ key
     after = post_weight @ out_weight
     passed = after @ value_bias + post_weight @ out_bias + post_bias
     mixed = torch.matmul((after @ value).T, weight)
-    score_bias = query_bias @ key
-    bias = torch.einsum("k,mkc->mc", passed, weight)
+    return query.T @ key, query_bias @ key, mixed, torch.einsum("k,mkc->mc", passed, weight)
+
+
+def fold_attention(
+    weight: Tensor, e: Tensor | None, channels: int, *mixer: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Published parameters → P (C, C), q (C,), W (M, C, C), b (M, C)."""
+    scores, score_bias, mixed, bias = _attention_products(weight, channels, *mixer)
     if e is not None:
         score_bias = score_bias + e @ scores[channels:]
         bias = bias + torch.einsum("k,mkc->mc", e, mixed[:, channels:])
     return scores[:channels], score_bias, mixed[:, :channels], bias
+
+
+def fold_attention_in_time(
+    weight: Tensor, channels: int, *mixer: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with q (S, C) and b (S, M, C): the constant, and for time_mode='concat', whose e is
+    s in every entry, the slope in s.
+    """
+    scores, score_bias, mixed, bias = _attention_products(weight, channels, *mixer)
+    q, b = [score_bias], [bias]
+    if weight.shape[1] > channels:
+        q.append(scores[channels:].sum(0))
+        b.append(mixed[:, channels:].sum(1))
+    return scores[:channels], torch.stack(q), mixed[:, :channels], torch.stack(b)
 
 
 def fold_mlp(

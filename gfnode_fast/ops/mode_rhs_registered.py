@@ -205,8 +205,10 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
 
 
-def _pull_attention(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    y, key, query_bias, weight = ctx.saved_tensors
+def attention_gradients(
+    grad: Tensor, y: Tensor, key: Tensor, query_bias: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of y, P, q, W and b."""
     grad_y, mixed, grad_u = mode_attention_bwd(grad, y, key, query_bias, weight)
     return (
         grad_y,
@@ -215,6 +217,10 @@ def _pull_attention(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _over_rows(mixed, grad),
         grad.sum(0),
     )
+
+
+def _pull_attention(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return attention_gradients(grad, *ctx.saved_tensors)
 
 
 mode_attention.register_autograd(_pull_attention, setup_context=_save_attention)

@@ -90,8 +90,13 @@ def propagate_joint(
     return values, status
 
 
-def choose_solve(op: str, requested: str, y0: Tensor, solver: str, max_attempts: int) -> str:
-    """The backend of a joint solve; refuses methods that are not adaptive or not served."""
+def choose_solve(
+    op: str, requested: str, y0: Tensor, solver: str, max_attempts: int, is_small: bool = True
+) -> str:
+    """The backend of a joint solve; refuses methods that are not adaptive or not served.
+
+    `is_small`: whether the number of modes is one that the kernels have.
+    """
     if solver not in ADAPTIVE:
         raise ValueError(
             f"{op}: `solver` must be one of {', '.join(ADAPTIVE)}, got {solver!r}; choose an "

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from gfnode_fast.ops.joint_status import check_joint_status
 from gfnode_fast.ops.mode_rhs import right_hand_side
+from gfnode_fast.ops.mode_rhs_folded import fold_attention_in_time
+from gfnode_fast.ops.mode_rhs_registered import LARGEST_C
+from gfnode_fast.ops.propagate_attention import LARGEST_M, attention_on_triton
 from gfnode_fast.ops.propagate_exact import check_status, exact_on_triton
 from gfnode_fast.ops.propagate_joint import FSAL, joint_on_triton
 from gfnode_fast.reference.propagator import LinearBasisRHS, ModeODE
@@ -19,6 +22,7 @@ from gfnode_fast.solvers.stats import Outcome, SolveStats
 from gfnode_fast.solvers.tableau import ADAPTIVE
 
 SERVED_TIME_MODES = ("none", "concat")
+SERVED_INTERACTIONS = ("no_interaction", "attention")
 
 
 def why_no_triton_solve(ode: ModeODE, solver_mode: SolverMode) -> str | None:
@@ -30,8 +34,13 @@ def why_no_triton_solve(ode: ModeODE, solver_mode: SolverMode) -> str | None:
         return "fourier_basis='linear', whose states are complex"
     if function.time_mode not in SERVED_TIME_MODES:
         return f"time_mode={function.time_mode!r}, not one of {list(SERVED_TIME_MODES)}"
-    if function.mode_interaction != "no_interaction":
-        return f"mode_interaction={function.mode_interaction!r}, not 'no_interaction'"
+    if function.mode_interaction not in SERVED_INTERACTIONS:
+        return f"mode_interaction={function.mode_interaction!r}, not {list(SERVED_INTERACTIONS)}"
+    modes, _, channels = function.weights1.shape
+    if channels > LARGEST_C:
+        return f"{channels} channels, more than {LARGEST_C}"
+    if function.mode_interaction == "attention" and modes > LARGEST_M:
+        return f"attention across {modes} modes, more than {LARGEST_M}"
     if solver_mode == "exact":
         return None
     if solver_mode != "joint":
@@ -71,15 +80,17 @@ def triton_solve(
     check_triton_solve(ode, solver_mode)
     rhs = right_hand_side(ode.ode_func)
     y0 = modes.transpose(0, 1)
-    if not isinstance(rhs, LinearRHS):
-        raise TypeError(f"triton_solve: `ode` must not mix modes, got {type(rhs).__name__}")
-    if solver_mode == "exact":
+    if isinstance(rhs, LinearRHS) and solver_mode == "exact":
         values = _solve_exact(rhs, y0, times, stats)
+        return values.permute(1, 0, 3, 2, 4)
+    method = (ode.solver, ode.rtol, ode.atol)
+    if isinstance(rhs, LinearRHS):
+        values, record, bad = joint_on_triton(y0, rhs.weight, rhs.slope(), times, *method)
     else:
-        values, record, bad = joint_on_triton(
-            y0, rhs.weight, rhs.slope(), times, ode.solver, ode.rtol, ode.atol
-        )
-        _expect(stats, record, partial(_joint_outcome, ode.solver, y0.shape[2], bad))
+        weight, *mixer = rhs.parameters
+        folded = fold_attention_in_time(weight, y0.shape[3], *mixer)
+        values, record, bad = attention_on_triton(y0, *folded, times, *method)
+    _expect(stats, record, partial(_joint_outcome, ode.solver, y0.shape[2], bad))
     return values.permute(1, 0, 3, 2, 4)
 
 
@@ -109,7 +120,8 @@ def _joint_outcome(
     solver: str, components: int, bad: Tensor, record: list[float]
 ) -> tuple[int, int, int]:
     """Counts of the published solver, whose initial step costs two evaluations."""
-    check_joint_status(torch.tensor(record, dtype=torch.float64), bad, components=components)
+    status = torch.tensor(record, dtype=torch.float64)
+    check_joint_status(status, bad, op="propagate", components=components)
     accepted, attempts = int(record[2]), int(record[5])
     evaluations = 2 + attempts * (ADAPTIVE[solver].num_stages - 1) if attempts else 0
     return evaluations, accepted, attempts - accepted

@@ -43,6 +43,15 @@ def test_joint_is_the_published_solve(time_mode: str, components: int) -> None:
 
 
 @pytest.mark.parametrize("time_mode", ["none", "concat"])
+def test_attention(time_mode: str) -> None:
+    model = propagator(
+        time_mode=time_mode, mode_interaction="attention", num_modes=2, channels=3, scale=0.5
+    )
+    sizes = {"batch": 2, "components": 1 if time_mode == "none" else 2, "channels": 3}
+    compare(model, published, on("triton"), num_times=2, **sizes)
+
+
+@pytest.mark.parametrize("time_mode", ["none", "concat"])
 def test_exact(time_mode: str) -> None:
     model = propagator(time_mode=time_mode, num_modes=2)
     exact = {"solver_mode": "exact"}
@@ -138,6 +147,8 @@ def test_reports_are_read_late(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"basis": "linear"}, "joint", "fourier_basis='linear'"),
         ({"time_mode": "posenc"}, "joint", "time_mode='posenc'"),
         ({"mode_interaction": "concat"}, "joint", "mode_interaction='concat'"),
+        ({"mode_interaction": "attention", "num_modes": 17}, "joint", "attention across 17 modes"),
+        ({"channels": 65}, "joint", "65 channels"),
         ({"solver": "rk4"}, "joint", "solver='rk4'"),
         ({"solver": "adaptive_heun"}, "joint", "solver='adaptive_heun'"),
         ({"solver": "explicit_adams"}, "joint", "solver='explicit_adams'"),
@@ -150,7 +161,8 @@ def test_what_is_refused(options: dict[str, Any], solver_mode: Any, named: str) 
     with pytest.raises(RuntimeError, match=f"`backend='triton'` must have kernels.*{named}"):
         check_triton_solve(model.t_conv, solver_mode)
     with pytest.raises(RuntimeError, match=named):
-        propagate(model, *signals(), backend="triton", solver_mode=solver_mode)
+        given = signals(num_atoms=model.num_modes + 2, channels=options.get("channels", 6))
+        propagate(model, *given, backend="triton", solver_mode=solver_mode)
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
