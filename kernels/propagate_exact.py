@@ -20,7 +20,7 @@ in sums), backward 2.3 kB in and 256 B out for 41 recomputing, 41 pulling back a
 That is 18 and 48 flops a byte: products go to the tensor cores, three tf32 ones for one of fp32.
 
 Status, per row and mode: 1 where a value is not finite, 2 where a time is not positive or needs
-more than MAX_STEPS steps. An arrived row is set to zero, so that later steps, taken for its tile
+more than MAX_STEPS steps, whose values are NaN. An arrived row is set to zero, so that later steps, taken for its tile
 mates, cannot overflow. Limits: fp32 and fp64, C <= 64; beyond MAX_STARTS steps backward walks again
 from the last start kept. Addresses are 64-bit. Tuned on: none yet; not yet run on hardware.
 """
@@ -143,6 +143,8 @@ def _propagate_exact_fwd_kernel(
             factor = factor / k
             end += factor * p
         state = end
+    good_time = (x > 0) & (x <= MAX_STEPS)
+    acc = tl.where(good_time[:, :, None], acc, float("nan"))
     t = first_time + tl.arange(0, BLOCK_T)
     molecule = row // num_components
     batch = num_rows // num_components
@@ -153,7 +155,7 @@ def _propagate_exact_fwd_kernel(
     # NaN and infinities fail both comparisons
     finite = (acc > -float("inf")) & (acc < float("inf"))
     bad_value = tl.max(tl.max(tl.where(mask & ~finite, 1, 0), axis=2), axis=0)
-    bad_time = tl.max(tl.where(mask_t & ~((x > 0) & (x <= MAX_STEPS)), 2, 0), axis=0)
+    bad_time = tl.max(tl.where(mask_t & ~good_time, 2, 0), axis=0)
     chunk = tl.program_id(2).to(tl.int64) * num_rows
     status = status_ptr + (chunk + row) * num_modes + mode
     tl.store(status, tl.maximum(bad_value, bad_time), mask=mask_r)
