@@ -3,10 +3,11 @@
 from gfnode_fast import data, ops, reference, solvers
 from gfnode_fast._version import __version__
 from gfnode_fast.info import info
-from gfnode_fast.nn import FourierMD, accelerate, capture_training_step, restore
+from gfnode_fast.nn import GFNODE, FourierMD, accelerate, capture_training_step, restore
 from gfnode_fast.training import evaluate, predict, train
 
 __all__ = [
+    "GFNODE",
     "FourierMD",
     "__version__",
     "accelerate",

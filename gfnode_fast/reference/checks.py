@@ -157,13 +157,14 @@ def _shape_text(shape: tuple[int | None, ...]) -> str:
     return "(" + ", ".join("*" if n is None else str(n) for n in shape) + ")"
 
 
-def _check_tensor(
+def check_tensor(
     argument: str,
     value: object,
     shape: tuple[int | None, ...],
     dtype: torch.dtype | None,
     what: str,
 ) -> None:
+    """Refuse anything but a tensor of this shape (None: any length) and dtype (None: any)."""
     if not isinstance(value, Tensor):
         expected = f"a tensor {_shape_text(shape)}, {what}"
         refuse(TypeError, argument, expected, describe(value), "pass it")
@@ -219,7 +220,7 @@ def check_forward(
         )
     _check_count("num_atoms", num_atoms, 1)
     assert isinstance(num_atoms, int)
-    _check_tensor("x", x, (None, 3), dtype, "positions (B*N, 3)")
+    check_tensor("x", x, (None, 3), dtype, "positions (B*N, 3)")
     assert isinstance(x, Tensor)
     total = x.shape[0]
     if total == 0 or total % num_atoms:
@@ -232,14 +233,14 @@ def check_forward(
         )
     batch = total // num_atoms
     _check_modes(num_modes, num_atoms, basis)
-    _check_tensor("h", h, (total, in_node_nf), dtype, "node features (B*N, in_node_nf)")
-    _check_tensor("v", v, (total, 3), dtype, "velocities (B*N, 3)")
-    _check_tensor("loc_mean", loc_mean, (total, 3), dtype, "each molecule's centroid per atom")
-    _check_edges(edge_index, edge_fea, in_edge_nf, dtype)
+    check_tensor("h", h, (total, in_node_nf), dtype, "node features (B*N, in_node_nf)")
+    check_tensor("v", v, (total, 3), dtype, "velocities (B*N, 3)")
+    check_tensor("loc_mean", loc_mean, (total, 3), dtype, "each molecule's centroid per atom")
+    check_edges(edge_index, edge_fea, in_edge_nf, dtype)
     if basis == "graph":
         shape = (batch, num_atoms, num_atoms)
-        _check_tensor("U_batch", eigvecs, shape, dtype, "Laplacian eigenvectors (B, N, N)")
-    _check_times(timeframes, batch, num_timesteps, solves)
+        check_tensor("U_batch", eigvecs, shape, dtype, "Laplacian eigenvectors (B, N, N)")
+    check_times(timeframes, batch, num_timesteps, solves)
     named = {"x": x, "h": h, "v": v, "loc_mean": loc_mean, "timeframes": timeframes}
     named |= {"edge_fea": edge_fea} | ({"U_batch": eigvecs} if basis == "graph" else {})
     assert isinstance(edge_index, Tensor | tuple | list)
@@ -278,27 +279,29 @@ def _check_modes(num_modes: int, num_atoms: int, basis: str | None) -> None:
         )
 
 
-def _check_edges(
+def check_edges(
     edge_index: object, edge_fea: object, in_edge_nf: int, dtype: torch.dtype | None
 ) -> None:
+    """Refuse anything but a pair (row, col) of integers with a row of features for each edge."""
     if not isinstance(edge_index, Tensor | tuple | list) or len(edge_index) != 2:
         refuse(
             TypeError, "edge_index", "a pair (row, col)", describe(edge_index), "pass two tensors"
         )
     row, col = edge_index
-    _check_tensor("edge_index[0]", row, (None,), None, "rows (E,)")
-    _check_tensor("edge_index[1]", col, (row.shape[0],), None, "columns (E,)")
+    check_tensor("edge_index[0]", row, (None,), None, "rows (E,)")
+    check_tensor("edge_index[1]", col, (row.shape[0],), None, "columns (E,)")
     for i, end in enumerate((row, col)):
         if end.dtype not in (torch.int64, torch.int32):
             refuse(
                 TypeError, f"edge_index[{i}]", "torch.int64", describe(end), "convert with .long()"
             )
-    _check_tensor(
+    check_tensor(
         "edge_fea", edge_fea, (row.shape[0], in_edge_nf), dtype, "edge features (E, in_edge_nf)"
     )
 
 
-def _check_times(timeframes: object, batch: int, num_timesteps: int, solves: bool) -> None:
+def check_times(timeframes: object, batch: int, num_timesteps: int, solves: bool) -> None:
+    """Refuse anything but (B, T) positive frames, without gradient where `solves`."""
     if (
         isinstance(timeframes, Tensor)
         and timeframes.dim() == 2
@@ -311,7 +314,7 @@ def _check_times(timeframes: object, batch: int, num_timesteps: int, solves: boo
             describe(timeframes),
             "pass that many output times per molecule or set num_timesteps",
         )
-    _check_tensor(
+    check_tensor(
         "timeframes", timeframes, (batch, num_timesteps), None, "output times in frames (B, T)"
     )
     assert isinstance(timeframes, Tensor)
