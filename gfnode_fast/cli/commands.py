@@ -14,10 +14,13 @@ from gfnode_fast.spectra import spectral_gap_report
 from gfnode_fast.training import (
     ConfigError,
     ModeResult,
+    Throughput,
     TrainConfig,
+    best_settings,
     check_checkpoint,
     evaluate,
     load_model,
+    measure_throughput,
     predict_from_trajectory,
     run_demo,
     save_figure,
@@ -96,6 +99,29 @@ def sweep_modes_command(config: TrainConfig, modes: str) -> int:
         save_sweep_figure(results, picture)
         console.say(f"picture: {picture}")
     return OK if len(results) == len(wanted) else INTERRUPTED
+
+
+def bench_command(config: TrainConfig, batch_sizes: str, seconds: float) -> int:
+    """Time training steps on this machine; say which settings to use here.
+
+    Args:
+        config: of a run; nothing is written.
+        batch_sizes: as 10,50,200.
+        seconds: spent on each setting.
+    """
+    wanted = _integers("bench", "batch_sizes", batch_sizes) or []
+    if any(size < 1 for size in wanted):
+        raise ConfigError(f"bench: `batch_sizes` must be at least 1, got {batch_sizes}; raise them")
+
+    def found(row: Throughput) -> None:
+        console.say_throughput(row)
+
+    rows = measure_throughput(config, wanted, seconds=seconds, found=found)
+    best = best_settings(rows)
+    for size, row in best.items():
+        setting = "" if row.setting == "as configured" else f"--{row.setting} "
+        console.say(f"batches of {size}: take {setting}with OMP_NUM_THREADS={row.threads}")
+    return OK if len(best) == len(set(wanted)) else FAILED
 
 
 def evaluate_command(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gfnode_fast.training import Agreement, Report, TrainEvent, TrainResult
+from gfnode_fast.training import Agreement, Report, Throughput, TrainEvent, TrainResult
 from gfnode_fast.training.report import MODEL, NOTHING_MOVES, PREDICTORS
 
 # Seconds between two lines of progress where there is no terminal to redraw.
@@ -42,6 +42,18 @@ def say_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         say("  " + "   ".join((first, *others)).rstrip())
+
+
+def say_throughput(row: Throughput) -> None:
+    """One line of `gfnode-fast bench`."""
+    threads = f"{row.threads} thread{'s' if row.threads > 1 else ''}"
+    head = f"B = {row.batch_size:<6} {row.setting:26} {threads:10}"
+    if row.step_seconds is None:
+        say(f"{head} {row.problem}")
+        return
+    memory = "" if row.peak_bytes is None else f"   {row.peak_bytes / 2**20:8.1f} MB"
+    rate = f"{1e3 * row.step_seconds:9.2f} ms a step   {row.samples_per_second:9.1f} samples/s"
+    say(head + rate + memory)
 
 
 @contextlib.contextmanager

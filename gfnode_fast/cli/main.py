@@ -44,6 +44,12 @@ _DATA_COMMANDS: dict[str, _Command] = {
     "spectrum": commands.spectrum_command,
 }
 
+# Commands that take the configuration of a run, and their own options beside it.
+_WITH_CONFIG: dict[str, tuple[_Command, tuple[str, ...]]] = {
+    "sweep-modes": (commands.sweep_modes_command, ("modes",)),
+    "bench": (commands.bench_command, ("batch_sizes", "seconds")),
+}
+
 # "op: `name` must be …" is how this package words what is wrong with an argument; any other
 # ValueError, TypeError or RuntimeError is a defect and keeps its traceback.
 _ABOUT_AN_ARGUMENT = re.compile(r"[\w .]+: `[^`]+` must ")
@@ -106,6 +112,10 @@ def _parser() -> tuple[Any, Callable[[Any], int]]:
     sweep = _training_parser(commands.sweep_modes_command)
     sweep.add_argument("--modes", type=str, required=True, help="numbers of modes, as 1,2,3,5")
     subcommands.add_subcommand("sweep-modes", sweep, help=_summary(commands.sweep_modes_command))
+    bench = _training_parser(commands.bench_command)
+    bench.add_argument("--batch_sizes", type=str, default="10,50,200", help="as 10,50,200")
+    bench.add_argument("--seconds", type=float, default=5.0, help="spent on each setting")
+    subcommands.add_subcommand("bench", bench, help=_summary(commands.bench_command))
     data = _new_parser(description="Inspect and make trajectories.")
     subcommands.add_subcommand("data", data, help="Inspect and make trajectories")
     data_subcommands = data.add_subcommands(required=True, dest="subcommand")
@@ -143,10 +153,11 @@ def _run(parsed: Any) -> int:
         if run is not None:
             options["output"] = run  # wherever it is now
         return commands.train_command(config_from_dict(options), run is not None)
-    if name == "sweep-modes":
+    if name in _WITH_CONFIG:
+        command, own = _WITH_CONFIG[name]
         options = {key: value for key, value in values[name].items() if key != "config"}
-        modes = options.pop("modes")
-        return commands.sweep_modes_command(config_from_dict(options), modes)
+        extra = {key: options.pop(key) for key in own}
+        return command(config_from_dict(options), **extra)
     if name == "data":
         subcommand = values["data"]["subcommand"]
         return _call(_DATA_COMMANDS[subcommand], values["data"][subcommand])

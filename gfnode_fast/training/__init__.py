@@ -27,6 +27,7 @@ from gfnode_fast.training.problem import GraphMismatchError
 from gfnode_fast.training.ranks import PeerLostError
 from gfnode_fast.training.report import Distribution, Report, read_report
 from gfnode_fast.training.sweep import ModeResult, save_sweep_figure, sweep_modes
+from gfnode_fast.training.throughput import Throughput, best_settings, measure_throughput
 from gfnode_fast.training.trained import TrainedModel, load_model
 
 __all__ = [
@@ -43,16 +44,19 @@ __all__ = [
     "OptimConfig",
     "PeerLostError",
     "Report",
+    "Throughput",
     "TrainConfig",
     "TrainEvent",
     "TrainResult",
     "TrainedModel",
     "TrajectoryPrediction",
+    "best_settings",
     "check_checkpoint",
     "config_from_dict",
     "config_to_dict",
     "evaluate",
     "load_model",
+    "measure_throughput",
     "predict",
     "predict_from_trajectory",
     "read_metrics",

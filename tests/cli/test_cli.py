@@ -246,6 +246,26 @@ def test_sweep_modes(config_file, tmp_path, capsys):
     assert "`modes` must be different numbers from 1 to 3" in one_line(capsys)
 
 
+def test_bench(config_file, capsys):
+    arguments = ["bench", "--config", str(config_file), "--seconds", "0.01"]
+    assert main([*arguments, "--batch_sizes", "2,60"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines[:-2]].count("60") == 2  # not the published model
+    assert all("samples/s" in line for line in lines[:-2])
+    assert sum("published model" in line for line in lines) == 1
+    assert [line.split(":")[0] for line in lines[-2:]] == ["batches of 2", "batches of 60"]
+    assert main([*arguments, "--batch_sizes", "0"]) == 2
+    assert "`batch_sizes` must be at least 1" in one_line(capsys)
+
+
+def test_bench_says_what_cannot_run(config_file, capsys):
+    arguments = ["bench", "--config", str(config_file), "--seconds", "0.01", "--batch_sizes", "2"]
+    assert main([*arguments, "--model.backend", "cpp", "--optim.dtype", "float64"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "samples/s" in lines[0]  # the published model
+    assert all("float64" in line and "samples/s" not in line for line in lines[1:])
+
+
 def test_simulate_passes_its_options(monkeypatch, capsys):
     asked = {}
 
