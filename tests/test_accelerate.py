@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,6 +233,21 @@ def test_replaced_module_is_noticed() -> None:
     with pytest.raises(RuntimeError, match=r"`model.embedding` must be the module"):
         model(**inputs())
     assert torch.isfinite(accelerate(restore(model))(**inputs())[0]).all()
+
+
+def test_data_parallel_wrapping(tmp_path: Path) -> None:
+    """One process: gradients reach the parameters through DistributedDataParallel's hooks."""
+    model, given = foreign().double(), inputs(dtype=DOUBLE)
+    slow = outcome(model, given)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(accelerate(model))
+        found = outcome(wrapped, given)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same({k.replace("grad module.", "grad "): v for k, v in found.items()}, slow)
 
 
 def test_compiles_as_one_graph() -> None:

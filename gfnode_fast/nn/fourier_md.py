@@ -25,6 +25,7 @@ from gfnode_fast.nn.backends import (
     requested_backend,
 )
 from gfnode_fast.nn.graph_layers import apply_layer
+from gfnode_fast.ops.edge_differences import edge_differences
 from gfnode_fast.ops.graph_layers_torch import State
 from gfnode_fast.ops.propagate import check_mode_of, propagate
 from gfnode_fast.ops.propagate_registered import propagate_opaque
@@ -100,6 +101,9 @@ class FourierMD(reference.FourierMD):
         if not isinstance(recompute, bool):
             refuse(TypeError, "recompute", "a bool", describe(recompute), "pass True or False")
         self.recompute = recompute
+        for layer in (*self.encode_layers, *self.decode_layers):
+            if isinstance(layer, reference.EGNNLayer):
+                layer.difference = edge_differences  # the same, and safe in torch.compile
         self.backend, self.backend_reason = request.backend, request.reason
         self.precision = precision
         check_mode_of("FourierMD", solver_mode, self.freq_conv.t_conv, self.backend)

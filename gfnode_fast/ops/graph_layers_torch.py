@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gfnode_fast.ops.edge_differences import edge_differences
 from gfnode_fast.ops.topology import Topology
 from gfnode_fast.reference.layers import COORDINATE_WIDTH, MAX_DISPLACEMENT, NORM_EPSILON
 
@@ -109,7 +110,7 @@ class TorchKernels:
         activation: Activation,
         norm: bool,
     ) -> tuple[Tensor, Tensor]:
-        r = x.index_select(1, edges.row) - x.index_select(1, edges.col)
+        r = edge_differences(x, edges.row, edges.col)
         q = (r * r).sum(dim=-1, keepdim=True)
         if norm:
             q = q / q.clamp(min=NORM_EPSILON)

@@ -74,6 +74,10 @@ def mean_onto_nodes(values: Tensor, row: Tensor, num_nodes: int) -> Tensor:
     return sum_onto_nodes(values, row, num_nodes) / degree.clamp(min=1)
 
 
+def _difference(x: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    return x[row] - x[col]
+
+
 class EGNNLayer(nn.Module):
     """Equivariant layer with velocities (E(n)-GNN, arXiv 2102.09844, as used by the published
     model).
@@ -84,6 +88,7 @@ class EGNNLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = norm
+        self.difference = _difference  # replaceable: see nn/fourier_md.py
         self.edge_message_net = EdgeMessage(width, edge_width, activation, flat=flat)
         self.coord_net = MLP(width, width, 1, activation, flat=flat)
         self.node_v_net = MLP(width, width, 1, activation, flat=flat)
@@ -94,7 +99,7 @@ class EGNNLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x, v (n, 3); h (n, width); row, col (E,); edge_fea (E, edge_width) → new x, v, h."""
         num_nodes = x.shape[0]
-        r = x[row] - x[col]
+        r = self.difference(x, row, col)
         q = (r * r).sum(dim=-1, keepdim=True)
         if self.norm:
             q = q / q.abs().clamp(min=NORM_EPSILON)
