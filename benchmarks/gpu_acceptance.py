@@ -1,6 +1,7 @@
 """One call that accepts or refuses a state of the project on a GPU machine.
 
     python benchmarks/gpu_acceptance.py --part tests|core|matrix [--out DIR] [--minutes 8.5]
+                                        [--without NAME ...]
     python benchmarks/gpu_acceptance.py --part core --dry-run      the same code on a CPU, tiny
     sizes
 
@@ -25,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +83,24 @@ class Clock:
 
 
 def measure_rows(
-    rows: list[Row], device: torch.device, effort: Effort, clock: Clock
+    rows: list[Row],
+    device: torch.device,
+    effort: Effort,
+    clock: Clock,
+    without: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     checker, found = Checker(device), []
     for row in rows:
         estimate = estimated_seconds(row)
         if not clock.fits(estimate):
             reason = f"no time: about {estimate:.0f} s, {max(clock.left, 0):.0f} s left"
-            skipped = {name: {"status": "skipped", "reason": reason} for name in contenders(row)}
+            names = contenders(row, device.type)
+            skipped = {name: {"status": "skipped", "reason": reason} for name in names}
             found.append({"row": row.as_dict(), "contenders": skipped, "ratios": {}})
             continue
         print(f"[{clock.left:4.0f} s left] {row.name}", file=sys.stderr, flush=True)
         began = time.perf_counter()
-        found.append(measure(row, device, checker, effort))
+        found.append(measure(row, device, checker, effort, without))
         clock.note(estimate, time.perf_counter() - began)
     return found
 
@@ -107,14 +113,20 @@ def guarded(result: dict[str, Any], name: str, run: Callable[[], Any]) -> None:
         result.setdefault("failed", {})[name] = f"{type(error).__name__}: {str(error)[:500]}"
 
 
-def profile_step(row: Row, device: torch.device) -> dict[str, Any]:
-    """Device time per kernel (per operation on a CPU) of one training step of ours, else of U1."""
-    for contender in ("ours", "U1"):
+def profile_step(
+    row: Row, device: torch.device, candidates: Sequence[str] = ("ours", "U1")
+) -> dict[str, Any]:
+    """Device time per kernel (per operation on a CPU) of one training step of the first candidate
+    that is there.
+    """
+    for contender in candidates:
         try:
             task = make_task(contender, row, device)
             break
         except Unavailable:
             continue
+    else:
+        raise Unavailable(f"none of {', '.join(candidates)}")
     for _ in range(3):
         task.run()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -174,7 +186,13 @@ def tiny_rows(rows: list[Row]) -> list[Row]:
     return list(dict.fromkeys(row.tiny() for row in rows))
 
 
-def run_core(result: dict[str, Any], device: torch.device, clock: Clock, dry: bool) -> None:
+def run_core(
+    result: dict[str, Any],
+    device: torch.device,
+    clock: Clock,
+    dry: bool,
+    without: Collection[str] = (),
+) -> None:
     rows, effort = gpu_core_rows(), GPU_EFFORT
     profiled = [Row("model", "step", batch) for batch in PROFILED_BATCHES]
     if dry:
@@ -182,15 +200,27 @@ def run_core(result: dict[str, Any], device: torch.device, clock: Clock, dry: bo
     guarded(result, "ceilings", lambda: measure_ceilings(device, tiny=dry))
     # The profiles and precision modes are cheap and must not fall to the time limit.
     guarded(result, "profiles", lambda: [profile_step(row, device) for row in profiled])
+    if device.type == "cuda" and "ours triton" not in without:
+        guarded(
+            result,
+            "profiles of Triton",
+            lambda: [profile_step(row, device, ("ours triton",)) for row in profiled],
+        )
     guarded(result, "accuracy", lambda: accuracy(profiled[-1], device, rounds=effort.rounds))
-    result["rows"] = measure_rows(rows, device, effort, clock)
+    result["rows"] = measure_rows(rows, device, effort, clock, without)
 
 
-def run_matrix(result: dict[str, Any], device: torch.device, clock: Clock, dry: bool) -> None:
+def run_matrix(
+    result: dict[str, Any],
+    device: torch.device,
+    clock: Clock,
+    dry: bool,
+    without: Collection[str] = (),
+) -> None:
     rows, effort = gpu_matrix_rows(), GPU_EFFORT
     if dry:
         rows, effort = tiny_rows(rows), DRY_EFFORT
-    result["rows"] = measure_rows(rows, device, effort, clock)
+    result["rows"] = measure_rows(rows, device, effort, clock, without)
 
 
 def run_command(
@@ -233,7 +263,13 @@ def build_extension(clock: Clock, dry: bool) -> dict[str, Any]:
     return run_command(build, clock, {"GFNODE_BUILD": "cuda"})
 
 
-def run_tests(result: dict[str, Any], device: torch.device, clock: Clock, dry: bool) -> None:
+def run_tests(
+    result: dict[str, Any],
+    device: torch.device,
+    clock: Clock,
+    dry: bool,
+    without: Collection[str] = (),
+) -> None:
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests"]
     steps = {"build": build_extension(clock, dry)}
     if dry:
@@ -262,7 +298,13 @@ def run_tests(result: dict[str, Any], device: torch.device, clock: Clock, dry: b
 def smallest_step() -> None:
     """One training step of two ethanol molecules per backend at hand, for the sanitizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    make_task("ours", Row("model", "step", 2, molecule="ethanol"), device).run()
+    row = Row("model", "step", 2, molecule="ethanol")
+    make_task("ours", row, device).run()
+    if device.type == "cuda":
+        make_task("ours triton", row, device).run()
+        make_task("ours exact triton", row, device).run()
+        attention = Row("model", "step", 2, model="sage_attention_concat", molecule="ethanol")
+        make_task("ours triton", attention, device).run()
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -271,7 +313,8 @@ def summary(result: dict[str, Any]) -> str:
     parts = [f"# {result['part']}", heading(result["about"])]
     if "ceilings" in result:
         parts.append(ceilings_table(result["ceilings"]))
-    parts += [profile_table(profile) for profile in result.get("profiles", [])]
+    for profiles in ("profiles", "profiles of Triton"):
+        parts += [profile_table(profile) for profile in result.get(profiles, [])]
     if "accuracy" in result:
         parts.append(accuracy_table(result["accuracy"]))
     for name, step in result.get("steps", {}).items():
@@ -297,6 +340,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     parser.add_argument("--minutes", type=float, default=8.5)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="contenders to leave out, such as one whose fault would end the process",
+    )
     parser.add_argument("--smallest", action="store_true", help="only one tiny training step")
     options = parser.parse_args(arguments)
     if options.smallest:
@@ -319,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
         "rows": [],
     }
     with c1.compiler("eager" if options.dry_run else "inductor"):
-        RUN[options.part](result, device, clock, options.dry_run)
+        RUN[options.part](result, device, clock, options.dry_run, options.without)
     options.out.mkdir(parents=True, exist_ok=True)
     write(result, options.out / f"{options.part}.json")
     text = summary(result)

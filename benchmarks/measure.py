@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import traceback
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,9 +85,17 @@ def _is_single(contender: str, row: Row, device: torch.device) -> bool:
     return contender == "U0" and union and row.phase != "forward" and large
 
 
-def measure(row: Row, device: torch.device, checker: Checker, effort: Effort) -> dict[str, Any]:
-    """All the reports need of one row. A contender that fails is reported, the others go on."""
-    names = contenders(row)
+def measure(
+    row: Row,
+    device: torch.device,
+    checker: Checker,
+    effort: Effort,
+    without: Collection[str] = (),
+) -> dict[str, Any]:
+    """All the reports need of one row. A contender that fails is reported, the others go on;
+    `without` leaves contenders out.
+    """
+    names = tuple(name for name in contenders(row, device.type) if name not in without)
     results: dict[str, dict[str, Any]] = {}
     tasks: dict[str, Task] = {}
     began = time.perf_counter()

@@ -33,6 +33,8 @@ OURS = {
     "ours per molecule": {"solver_mode": "per_molecule"},
     "ours recompute": {"recompute": True},
     "ours compiled": {"backend": "compiled"},
+    "ours triton": {"backend": "triton"},
+    "ours exact triton": {"backend": "triton", "solver_mode": "exact"},
 }
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-15
 
@@ -51,13 +53,17 @@ def build_model(contender: str, row: Row, device: torch.device) -> nn.Module:
     elif contender == "C1":
         model = c1.FourierMD(**config)
     else:
-        model = _build_ours(contender, row, config)
+        model = _build_ours(contender, row, device, config)
     model.load_state_dict(inputs.initial_state(row))
     return model.to(device, inputs.dtype_of(row.precision))
 
 
-def _build_ours(contender: str, row: Row, config: dict[str, Any]) -> nn.Module:
-    wanted = dict(OURS[contender])
+def _build_ours(
+    contender: str, row: Row, device: torch.device, config: dict[str, Any]
+) -> nn.Module:
+    wanted: dict[str, Any] = dict(OURS[contender])
+    if wanted.get("backend") == "triton" and device.type != "cuda":
+        raise Unavailable(f"Triton needs a CUDA device, this is {device}")
     if row.precision in ("tf32", "bf16"):
         wanted["precision"] = row.precision
     known = inspect.signature(gfnode_fast.FourierMD).parameters
@@ -203,8 +209,12 @@ def _solve(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
     ode = model.freq_conv.t_conv
     y0 = peers.initial_modes(row, batch, model.hidden_nf)
     s = batch.timeframes / inputs.DELTA_FRAME
-    if contender in ("ours", "ours compiled"):
-        solve = peers.solve_ours if contender == "ours" else peers.solve_compiled
+    solves = {
+        "ours": peers.solve_ours,
+        "ours compiled": peers.solve_compiled,
+        "ours triton": peers.solve_triton,
+    }
+    if solve := solves.get(contender):
         return (lambda: (solve(ode, y0, s),)), {"y0": y0}
     if contender in OURS:
         raise Unavailable("measured in the propagation rows")
@@ -257,6 +267,7 @@ def _transforms(
         from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
     except ImportError as error:
         raise Unavailable(f"gfnode_fast.ops has no graph_fourier: {error}") from error
+    backend = "triton" if contender == "ours triton" else "auto"
     if inverse:
-        return lambda y: inverse_graph_fourier(y, eigvecs)
-    return lambda x: graph_fourier(x, eigvecs, num_modes)
+        return lambda y: inverse_graph_fourier(y, eigvecs, backend=backend)
+    return lambda x: graph_fourier(x, eigvecs, num_modes, backend=backend)

@@ -90,8 +90,17 @@ class Row:
                        num_modes=min(self.num_modes, 2))  # fmt: skip
 
 
-def contenders(row: Row) -> tuple[str, ...]:
-    """Who runs in a row, baselines first."""
+def contenders(row: Row, device: str = "cpu") -> tuple[str, ...]:
+    """Who runs in a row on a kind of device, baselines first; Triton last, and on GPUs only."""
+    triton: tuple[str, ...] = ()
+    if device == "cuda" and row.op != "eigh":
+        triton = ("ours triton",)
+        if row.model == "egnn" and row.op in ("model", "propagation"):
+            triton = ("ours triton", "ours exact triton")
+    return _everywhere(row) + triton
+
+
+def _everywhere(row: Row) -> tuple[str, ...]:
     if row.op == "eigh":
         return ("torch", "numpy loop", "ours")
     if row.op in ("graph_fourier", "inverse_graph_fourier"):

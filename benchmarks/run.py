@@ -65,7 +65,8 @@ def measure_all(
         spent = time.perf_counter() - began
         if spent > 60 * minutes:
             reason = f"the {minutes:g} minutes of this run were over"
-            skipped = {name: {"status": "skipped", "reason": reason} for name in contenders(row)}
+            names = contenders(row, device.type)
+            skipped = {name: {"status": "skipped", "reason": reason} for name in names}
             if not any(row.name == entry["row"]["name"] for entry in result["rows"]):
                 put(result, {"row": row.as_dict(), "contenders": skipped, "ratios": {}})
             continue

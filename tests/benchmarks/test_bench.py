@@ -46,6 +46,21 @@ def test_rows_are_unique_and_have_contenders(name: str) -> None:
     assert all(contenders(row) for row in SETS[name]())
 
 
+@pytest.mark.parametrize("op", ["model", "propagation", "solve", "graph_fourier"])
+def test_triton_competes_on_gpus_only(op: str) -> None:
+    row = replace(SMALL, op=op)
+    on_gpu = contenders(row, "cuda")
+    assert on_gpu[: len(contenders(row))] == contenders(row)
+    triton = on_gpu[len(contenders(row)) :]
+    assert (
+        triton == ("ours triton", "ours exact triton")[: 2 if op in ("model", "propagation") else 1]
+    )
+    if op == "model":
+        for name in triton:
+            with pytest.raises(Unavailable, match="Triton needs a CUDA device"):
+                make_task(name, row, CPU)
+
+
 def test_the_cpu_set_holds_the_committed_table() -> None:
     names = {row.name for row in cpu_rows()}
     for model in ("egnn", "sage_attention_concat"):
