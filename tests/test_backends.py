@@ -245,6 +245,21 @@ def test_precision_is_handed_to_the_layers(monkeypatch: pytest.MonkeyPatch) -> N
     assert asked == [("triton", "bf16")]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver_mode", ["joint", "exact"])
+def test_a_step_on_triton_waits_for_nothing(solver_mode: str) -> None:
+    model = build(backend="triton", solver_mode=solver_mode).cuda()
+    given = inputs()
+    given["edge_index"] = tuple(end.cuda() for end in given["edge_index"])
+    given = {k: v.cuda() if torch.is_tensor(v) else v for k, v in given.items()}
+    model(**given)[0].square().mean().backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**given)[0].square().mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_copies_and_pickles() -> None:
     model = build(backend="torch", recompute=True)
     expected = model(**inputs())[0]

@@ -77,6 +77,9 @@ class FourierMD(reference.FourierMD):
         steps follow its rounding. Under torch.autocast the graph layers are the reference's, whose
         linears autocast casts; transforms and the solve keep the model's precision.
 
+        With Triton solves on a GPU nothing waits for the device: a solve that fails, or times that
+        are not positive, give NaN and raise at a later step or when `last_solve` is read.
+
         torch.compile(model) gives one graph: in it the propagation is one operator, whose backward
         solves again, and the times are checked where they are used. With backend="compiled" the
         graph is split around each solve.
@@ -216,6 +219,11 @@ class FourierMD(reference.FourierMD):
                 precision=self.precision,
             )
         return state
+
+    def _reads_times(self) -> bool:
+        parts = self._parts()
+        on_triton = "triton" in (parts[FEATURES].backend, parts[COORDINATES].backend)
+        return not (on_triton and self.embedding.weight.is_cuda)  # its solves look on the device
 
     @property
     def _transforms(self) -> str:

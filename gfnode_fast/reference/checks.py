@@ -201,6 +201,7 @@ def check_forward(
     in_edge_nf: int,
     basis: str | None,
     solves: bool,
+    reads_times: bool,
     parameter: Tensor,
 ) -> tuple[int, int]:
     """Refuse inputs with which the published model cannot run; returns (B, N).
@@ -240,7 +241,7 @@ def check_forward(
     if basis == "graph":
         shape = (batch, num_atoms, num_atoms)
         check_tensor("U_batch", eigvecs, shape, dtype, "Laplacian eigenvectors (B, N, N)")
-    check_times(timeframes, batch, num_timesteps, solves)
+    check_times(timeframes, batch, num_timesteps, solves, reads_values=reads_times)
     named = {"x": x, "h": h, "v": v, "loc_mean": loc_mean, "timeframes": timeframes}
     named |= {"edge_fea": edge_fea} | ({"U_batch": eigvecs} if basis == "graph" else {})
     assert isinstance(edge_index, Tensor | tuple | list)
@@ -300,7 +301,14 @@ def check_edges(
     )
 
 
-def check_times(timeframes: object, batch: int, num_timesteps: int, solves: bool) -> None:
+def check_times(
+    timeframes: object,
+    batch: int,
+    num_timesteps: int,
+    solves: bool,
+    *,
+    reads_values: bool = True,
+) -> None:
     """Refuse anything but (B, T) positive frames, without gradient where `solves`."""
     if (
         isinstance(timeframes, Tensor)
@@ -328,7 +336,7 @@ def check_times(timeframes: object, batch: int, num_timesteps: int, solves: bool
             describe(timeframes),
             "pass timeframes.detach()",
         )
-    if _cannot_read(timeframes):
+    if not reads_values or _cannot_read(timeframes):
         return
     if not ((timeframes > 0) & (timeframes < float("inf"))).all():
         refuse(

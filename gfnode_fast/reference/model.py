@@ -218,6 +218,7 @@ class FourierMD(nn.Module):
             in_edge_nf=self.in_edge_nf,
             basis=self.fourier_basis,
             solves=(self.propagate_x or self.propagate_h) and not self.no_ode,
+            reads_times=self._reads_times(),
             parameter=self.embedding.weight,
         )
         assert v is not None
@@ -275,6 +276,10 @@ class FourierMD(nn.Module):
             vectors_t = self._propagated(self.freq_conv_x, vectors, s, eigvecs)
         x_t = vectors_t[..., 0].reshape(-1, 3) + loc_mean.repeat(num_times, 1)
         return x_t, vectors_t[..., 1].reshape(-1, 3), features_t.reshape(-1, h.shape[1])
+
+    def _reads_times(self) -> bool:
+        """Whether the values of the times are checked before the solve, which waits for a GPU."""
+        return True
 
     def _propagated(
         self, propagator: Propagator, signal: Tensor, s: Tensor, eigvecs: Tensor | None
