@@ -33,30 +33,10 @@ from gfnode_fast.training.checkpoint import read_checkpoint, write_checkpoint
 from gfnode_fast.training.loop import epoch_order
 from gfnode_fast.training.optimizer import GuardedAdam, learning_rate
 from gfnode_fast.training.problem import build_model
+from run_comparison import assert_same_run
 from small_run import small_config, small_trajectory
 
 VAE = {"use_vae": True}
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    """Everything but times and places is equal, bit for bit."""
-    for name in ("last.json", "best.json"):
-        first, second = read_checkpoint(one / name), read_checkpoint(two / name)
-        for part in ("model", "state"):
-            left, right = getattr(first, part), getattr(second, part)
-            assert left.keys() == right.keys()
-            for key, tensor in left.items():
-                assert torch.equal(tensor, right[key]), (name, part, key)
-        left, right = dict(first.manifest), dict(second.manifest)
-        for manifest in (left, right):
-            del manifest["files"], manifest["config"]
-            del manifest["position"]["seconds"]
-        assert left == right
-    rows = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(directory)]
-        for directory in (one, two)
-    ]
-    assert rows[0] == rows[1]
 
 
 RECIPES = {
@@ -101,6 +81,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {helpers!r})
+from run_comparison import assert_same_run
 from small_run import small_config
 import torch
 torch.set_num_threads(1)
