@@ -3,13 +3,20 @@ checks."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 BACKENDS = ("torch", "triton")
+# Where tests of kernels make their tensors, and their mark: under GFNODE_REQUIRE_GPU=1 (conftest)
+# the tests that otherwise run through the interpreter run on the GPU, and count as its tests.
+REQUIRE_GPU = os.environ.get("GFNODE_REQUIRE_GPU", "0") == "1"
+DEVICE = torch.device("cuda" if REQUIRE_GPU else "cpu")
+OF_KERNELS = [pytest.mark.gpu] if REQUIRE_GPU else []
 OPCHECKS = (
     "test_schema",
     "test_autograd_registration",
@@ -23,6 +30,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     assert got.shape == expected.shape, (got.shape, expected.shape)
     if expected.numel() == 0:
         return 0.0
+    expected = expected.to(got.device)
     difference = (got.double() - expected.double()).abs().max()
     return (
         (difference / expected.double().abs().max().clamp_min(1e-300))
@@ -38,7 +46,7 @@ def gradients(
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = function(*leaves)
     generator = torch.Generator().manual_seed(seed)
-    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
     return list(torch.autograd.grad(out, leaves, cotangent, materialize_grads=True))
 
 

@@ -66,7 +66,7 @@ def outputs_and_gradients(function: Any, model: Propagator, *given: Any) -> dict
     model.zero_grad()
     out = function(model, leaf, times, eigvecs)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
-    (out * cotangent).sum().backward()
+    (out * cotangent.to(out.device)).sum().backward()
     found = {"output": out.detach(), "grad signal": leaf.grad}
     for name, parameter in model.named_parameters():
         found[f"grad {name}"] = (

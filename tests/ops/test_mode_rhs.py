@@ -13,12 +13,16 @@ from gfnode_fast.reference.propagator import MODE_INTERACTIONS, ModeRHS
 from gfnode_fast.reference.time_embedding import TIME_MODES
 from op_checks import (
     BACKENDS,
+    DEVICE,
+    OF_KERNELS,
     compiled_equals_eager,
     gradients,
     opcheck,
     relative_error,
     strided,
 )
+
+pytestmark = OF_KERNELS
 
 # Relative to the largest value or gradient; measured: fp64 1e-15, fp32 4e-7.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 4e-6}
@@ -33,7 +37,7 @@ def rhs(
     channels: int = CHANNELS,
 ) -> ModeRHS:
     torch.manual_seed(0)
-    module = ModeRHS(channels, modes, interaction, time_mode, TIME_WIDTH).to(dtype)
+    module = ModeRHS(channels, modes, interaction, time_mode, TIME_WIDTH).to(DEVICE, dtype)
     with torch.no_grad():
         for parameter in module.parameters():  # large enough for a softmax that is not flat
             parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.7)
@@ -43,11 +47,15 @@ def rhs(
 def state(rows: int = ROWS, dtype: torch.dtype = torch.float64, **sizes: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     shape = (sizes.get("modes", MODES), rows, sizes.get("channels", CHANNELS))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def time(module: ModeRHS) -> Tensor | None:
-    return None if module.time_mode == "none" else torch.tensor(0.013, dtype=torch.float64)
+    return (
+        None
+        if module.time_mode == "none"
+        else torch.tensor(0.013, dtype=torch.float64, device=DEVICE)
+    )
 
 
 def functional(module: ModeRHS, backend: str) -> tuple[Any, list[Tensor]]:
@@ -131,7 +139,7 @@ def test_second_derivatives_are_right_or_refused(interaction: str) -> None:
 
 def test_opcheck() -> None:
     def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, requires_grad=True)
+        return torch.randn(*shape, requires_grad=True, device=DEVICE)
 
     ops = torch.ops.gfnode_fast
     y = leaf(3, 2, 2)
@@ -207,7 +215,7 @@ def test_scores_of_any_size() -> None:
         (
             {"y": torch.zeros(3, 5, 6, dtype=torch.float64, device="meta")},
             ValueError,
-            "`y` must be on cpu like the parameters, got meta",
+            f"`y` must be on {DEVICE}",
         ),
         ({"s": torch.tensor(0.1)}, ValueError, "`s` must be None with time_mode='none', got ()"),
         ({"backend": "cuda"}, ValueError, "`backend` must be one of auto, torch, triton"),
@@ -235,7 +243,7 @@ def test_what_triton_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         mode_rhs(half, None, state(dtype=torch.bfloat16), backend="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="on cpu, where Triton has only its interpreter"):
-        mode_rhs(rhs("attention"), None, state(), backend="triton")
+        mode_rhs(rhs("attention").cpu(), None, state().cpu(), backend="triton")
 
 
 @pytest.mark.parametrize("interaction", MODE_INTERACTIONS)

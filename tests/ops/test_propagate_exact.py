@@ -12,7 +12,18 @@ from gfnode_fast.kernels import propagate_exact_launch as launch
 from gfnode_fast.ops.propagate_exact import _plan, check_status, propagate_exact
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.solvers.exact import NORM_SLACK, degree_and_substeps
-from op_checks import BACKENDS, compiled_equals_eager, gradients, opcheck, relative_error, strided
+from op_checks import (
+    BACKENDS,
+    DEVICE,
+    OF_KERNELS,
+    compiled_equals_eager,
+    gradients,
+    opcheck,
+    relative_error,
+    strided,
+)
+
+pytestmark = OF_KERNELS
 
 # Relative to the largest value or gradient, times max(1, ‖W‖); measured: fp64 1e-15, fp32 5e-7.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
@@ -21,7 +32,7 @@ BATCH, MODES, COMPONENTS, CHANNELS, TIMES = 7, 2, 3, 3, 3  # 21 rows: two progra
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def problem(
@@ -42,12 +53,15 @@ def problem(
         inputs.append(randn(modes, channels, dtype=dtype, seed=2))
     generator = torch.Generator().manual_seed(3)
     own = torch.rand(batch, times, generator=generator, dtype=torch.float64) * 0.98 + 0.02
-    return inputs, own.sort(dim=1)[0]
+    return inputs, own.sort(dim=1)[0].to(DEVICE)
 
 
 def solve(times: Tensor, backend: str) -> Any:
     def call(y0: Tensor, weight: Tensor, slope: Tensor | None = None) -> Tensor:
-        return propagate_exact(y0, weight, times, slope=slope, backend=backend)[0]
+        values, status = propagate_exact(y0, weight, times, slope=slope, backend=backend)
+        if not torch.compiler.is_compiling():
+            check_status(status)  # on a GPU nobody else does
+        return values
 
     return call
 
@@ -131,7 +145,7 @@ def test_opcheck(affine: bool) -> None:
         dtype=torch.float32, affine=affine, batch=2, components=1, channels=2, times=1
     )
     y0, weight, *slope = (x.requires_grad_() for x in inputs)
-    plan = torch.tensor([3, 1], dtype=torch.int32)
+    plan = torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)
     operator = torch.ops.gfnode_fast.propagate_exact
     opcheck(operator, y0, weight, slope[0] if affine else None, times.float(), plan)
 
@@ -250,7 +264,11 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"y0": torch.zeros(2, 2, 3)}, ValueError, "`y0` must be (B, M, D, C), got (2, 2, 3)"),
         ({"weight": torch.zeros(2, 3, 4)}, ValueError, "`weight` must be (2, 3, 3) for y0"),
         ({"weight": torch.zeros(2, 3, 3).double()}, TypeError, "`weight` must be torch.float32"),
-        ({"weight": torch.zeros(2, 3, 3, device="meta")}, ValueError, "`weight` must be on cpu"),
+        (
+            {"weight": torch.zeros(2, 3, 3, device="meta")},
+            ValueError,
+            f"`weight` must be on {DEVICE}",
+        ),
         ({"slope": torch.zeros(3, 2)}, ValueError, "`slope` must be (2, 3) for y0"),
         ({"times": torch.ones(3, 2)}, ValueError, "`times` must be (2, T), got (3, 2)"),
         ({"times": torch.ones(2, 2).long()}, TypeError, "`times` must be floating point"),
@@ -273,4 +291,5 @@ def test_what_triton_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         solve(times, "triton")(*inputs)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="on cpu, where Triton has only its interpreter"):
-        propagate_exact(**arguments(backend="triton"))
+        given = {k: v.cpu() for k, v in arguments().items()}
+        propagate_exact(**given, backend="triton")

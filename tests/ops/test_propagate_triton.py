@@ -14,10 +14,22 @@ from gfnode_fast.reference.propagator import Propagator
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.solvers.mode import fixed
 from gfnode_fast.solvers.stats import SolveStats
-from op_checks import relative_error
-from spectral import outputs_and_gradients, propagator, published, signals
+from op_checks import DEVICE, OF_KERNELS, relative_error
+from spectral import outputs_and_gradients, published
+from spectral import propagator as on_cpu
+from spectral import signals as signals_on_cpu
+
+pytestmark = OF_KERNELS
 
 TOLERANCE = 1e-10  # relative to the largest value or gradient; measured 2e-12
+
+
+def propagator(*args: Any, **options: Any) -> Propagator:
+    return on_cpu(*args, **options).to(DEVICE)
+
+
+def signals(**sizes: int) -> tuple[Tensor, ...]:
+    return tuple(x.to(DEVICE) for x in signals_on_cpu(**sizes))
 
 
 def on(backend: str, **options: Any) -> Any:
@@ -75,14 +87,15 @@ def test_counts_are_those_of_torch(solver_mode: str) -> None:
 
 def test_failures_reach_the_host() -> None:
     signal, times, eigvecs = signals(batch=3, num_times=1)
+    model, stats = propagator(num_modes=2), SolveStats()
     with pytest.raises(ValueError, match="`times` must be positive and finite"):
-        propagate(propagator(num_modes=2), signal, times - 2, eigvecs, backend="triton")
+        propagate(model, signal, times - 2, eigvecs, stats, backend="triton")
+        stats.wait()
     signal[2, 0, 0, 0] = float("nan")
     for mode in ("joint", "exact"):
         with pytest.raises(SolverError, match=r"finite.*molecule\(s\) \[2\]") as caught:
-            propagate(
-                propagator(num_modes=2), signal, times, eigvecs, backend="triton", solver_mode=mode
-            )
+            propagate(model, signal, times, eigvecs, stats, backend="triton", solver_mode=mode)
+            stats.wait()
         assert caught.value.rows == [2]
 
 
@@ -168,4 +181,4 @@ def test_what_is_refused(options: dict[str, Any], solver_mode: Any, named: str) 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="on cpu, where Triton has only its interpreter"):
-        propagate(propagator(), *signals(), backend="triton")
+        propagate(on_cpu(), *signals_on_cpu(), backend="triton")
