@@ -12,6 +12,8 @@ from gfnode_fast.kernels import graph_fourier_launch as kernels
 from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
 from op_checks import (
     BACKENDS,
+    DEVICE,
+    OF_KERNELS,
     compiled_equals_eager,
     gradients,
     opcheck,
@@ -19,6 +21,7 @@ from op_checks import (
     strided,
 )
 
+pytestmark = OF_KERNELS
 # Relative to the largest value; measured: fp64 4e-16, fp32 3e-7, fp16 6e-4, bf16 5e-3.
 TOLERANCE = {
     torch.float64: 2e-15,
@@ -31,11 +34,11 @@ SIZES = (5, 1, 3)  # molecules of different size, one of one atom, which has few
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def offsets(sizes: tuple[int, ...]) -> Tensor:
-    return torch.tensor([0, *sizes]).cumsum(0)
+    return torch.tensor([0, *sizes], device=DEVICE).cumsum(0)
 
 
 def eigenvectors(num_atoms: int, seed: int) -> Tensor:
@@ -323,7 +326,8 @@ def test_eigenvectors_shared_by_expansion(backend: str) -> None:
 def test_sizes(
     backend: str, sizes: tuple[int, ...], channels: int, num_modes: int, times: int
 ) -> None:
-    eigvecs, ptr = batch_of(sizes, True, torch.float64) if sizes else (randn(0), zeros(1).long())
+    empty = (randn(0), offsets(()))
+    eigvecs, ptr = batch_of(sizes, True, torch.float64) if sizes else empty
     signal = randn(sum(sizes), channels)
     modes = randn(times, len(sizes), num_modes, channels)
     inputs = (modes, eigvecs, signal)
@@ -424,8 +428,8 @@ RAGGED = {"signal": zeros(5, 4), "eigvecs": zeros(13), "ptr": torch.tensor([0, 3
         (bad(**RAGGED | {"ptr": torch.tensor([0, 3, 4])}), ValueError, "got [0, 3, 4]"),
         (
             {
-                "signal": zeros(1, 129, 1),
-                "eigvecs": zeros(1, 129, 129),
+                "signal": zeros(1, 129, 1, device=DEVICE),
+                "eigvecs": zeros(1, 129, 129, device=DEVICE),
                 "num_modes": 129,
                 "backend": "triton",
             },
@@ -520,7 +524,7 @@ def test_a_molecule_does_not_depend_on_its_batch_mates() -> None:
     eigvecs, ptr = batch_of(SIZES, True, torch.float32)
     signal = rows(SIZES, True, 3, dtype=torch.float32)
     together = graph_fourier(signal, eigvecs, 2, ptr=ptr, backend="triton")
-    alone = graph_fourier(signal[6:9], eigvecs[26:], 2, ptr=torch.tensor([0, 3]), backend="triton")
+    alone = graph_fourier(signal[6:9], eigvecs[26:], 2, ptr=offsets((3,)), backend="triton")
     assert torch.equal(together[2:], alone)
 
 
