@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gfnode_fast.ops.compiled_solve import compiled_solve
 from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
@@ -212,6 +212,15 @@ def _transform_back(
         return synthesise_solved(solved, eigvecs, signal, activation)
     modes = solved.permute(1, 0, 3, 2, 4).flatten(3)
     total = None if ptr is None else len(signal)
-    flat = inverse_graph_fourier(modes, eigvecs, ptr=ptr, total_atoms=total, backend=backend)
+    is_fused = backend == "triton" and type(activation) is nn.SiLU
+    flat = inverse_graph_fourier(
+        modes,
+        eigvecs,
+        residual=signal.flatten(-2) if is_fused else None,
+        activation="silu" if is_fused else None,
+        ptr=ptr,
+        total_atoms=total,
+        backend=backend,
+    )
     out = flat.view(*flat.shape[:-1], *signal.shape[-2:])
-    return out if activation is None else signal + activation(out)
+    return out if activation is None or is_fused else signal + activation(out)

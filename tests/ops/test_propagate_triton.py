@@ -70,6 +70,15 @@ def test_exact(time_mode: str) -> None:
     compare(model, on("torch", **exact), on("triton", **exact), batch=3, num_times=2)
 
 
+@pytest.mark.parametrize("activation", [torch.nn.SiLU(), torch.nn.Tanh()])
+def test_activation_and_residual(activation: torch.nn.Module) -> None:
+    def expected(model: Propagator, signal: Tensor, *given: Tensor) -> Tensor:
+        return signal + activation(published(model, signal, *given))
+
+    model = propagator(num_modes=2)
+    compare(model, expected, on("triton", activation=activation), batch=2, num_times=2)
+
+
 def test_no_basis() -> None:
     model = propagator(None, num_modes=5)
     compare(model, published, on("triton"), batch=2, num_times=1)
