@@ -75,7 +75,8 @@ class FourierMD(reference.FourierMD):
     Notes:
         With time_mode posenc or rope the encoder is the reference's, bit for bit: the published
         steps follow its rounding. Under torch.autocast the graph layers are the reference's, whose
-        linears autocast casts; transforms and the solve keep the model's precision.
+        linears autocast casts, unless `precision` says another one; transforms and the solve keep
+        the model's precision.
 
         With Triton solves on a GPU nothing waits for the device: a solve that fails, or times that
         are not positive, give NaN and raise at a later step or when `last_solve` is read.
@@ -166,7 +167,8 @@ class FourierMD(reference.FourierMD):
         backend = self._layer_backend(ENCODER, x.device)
         if backend == "reference":
             return super()._encode(x, v, h, row, col, edge_fea)
-        state = (x, v, self.embedding(h))
+        with torch.autocast(x.device.type, enabled=False):
+            state = (x, v, self.embedding(h.to(self.embedding.weight.dtype)))
         return self._run_layers(self.encode_layers, backend, state, row, col, edge_fea, 1)
 
     def _decode(
@@ -187,13 +189,14 @@ class FourierMD(reference.FourierMD):
 
     def _layer_backend(self, part: str, device: torch.device) -> str:
         backend = self._parts()[part].backend
-        if backend in ("cpp", "triton") and _is_autocast(device):
+        own_precision = backend == "triton" and self.precision != "fp32"
+        if backend in ("cpp", "triton") and not own_precision and _is_autocast(device):
             refuse(
                 TypeError,
                 "backend",
                 "'auto', 'torch' or 'reference' under torch.autocast",
                 repr(backend),
-                "leave autocast; backend='triton' has precision='bf16' of its own",
+                "leave autocast, or choose precision='bf16' with backend='triton'",
             )
         return backend
 
@@ -208,16 +211,20 @@ class FourierMD(reference.FourierMD):
         num_copies: int,
     ) -> State:
         edges = topology(row, col, state[0].shape[0] // num_copies)
-        for layer in layers:
-            state = apply_layer(
-                layer,
-                state,
-                edges,
-                edge_fea,
-                recompute=self.recompute,
-                backend=backend,
-                precision=self.precision,
-            )
+        dtype = self.embedding.weight.dtype
+        x, v, h, edge_fea = (tensor.to(dtype) for tensor in (*state, edge_fea))
+        state = (x, v, h)
+        with torch.autocast(x.device.type, enabled=False):
+            for layer in layers:
+                state = apply_layer(
+                    layer,
+                    state,
+                    edges,
+                    edge_fea,
+                    recompute=self.recompute,
+                    backend=backend,
+                    precision=self.precision,
+                )
         return state
 
     def _reads_times(self) -> bool:
