@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gfnode_fast.ops import graph_layers_triton as on_triton
+from gfnode_fast.ops.dispatch import require_triton
 from gfnode_fast.ops.graph_layers_cpp import ACTIVATIONS, CompiledKernels, why_not_compiled
 from gfnode_fast.ops.graph_layers_torch import (
     EGNNWeights,
@@ -69,9 +71,12 @@ def egnn_layer(
         recompute: keep only the layer's inputs for backward, where one copy at a time is computed
             again, instead of keeping the edge intermediates of all.
         backend: "cpp" is compiled kernels, "torch" plain PyTorch; "auto" takes "cpp" where
-            it serves: float32 on the CPU, SiLU or Tanh, no autocast, extension built.
-        precision: of the matrix products: "fp32"; "tf32" and "bf16" round their operands and are
-            served by backend="triton" alone.
+            it serves: float32 on the CPU, SiLU or Tanh, no autocast, extension built. "triton" is
+            for a GPU (SiLU or Tanh, no autocast, one hidden width); it keeps node states only for
+            backward, whatever `recompute`, and is not yet run on hardware.
+        precision: of the matrix products, with backend="triton" alone: "fp32" (three tf32 products
+            for one, float64 in float64), "tf32" and "bf16" (operands rounded to nearest, sums,
+            distances and coordinates in float32, SiLU with tanh.approx).
 
     Returns:
         x' (T*n, 3), v, h' (T*n, K).
@@ -79,11 +84,13 @@ def egnn_layer(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not match, or that the backend
             asked for does not serve.
-        RuntimeError: backend="cpp" without the extension; a second derivative through it.
+        RuntimeError: backend="cpp" without the extension, or "triton" without Triton or a GPU; a
+            second derivative through either.
 
     Notes:
         Deterministic on the CPU, whatever the number of threads: sums over neighbours run in the
-        topology's order. Differentiable any number of times with backend="torch", once with "cpp".
+        topology's order; with "triton" deterministic on one model of GPU. Differentiable any number
+        of times with backend="torch", once with "cpp" and "triton".
     """
     _check_state("egnn_layer", x, v, h, edges, edge_fea)
     width, edge_width = h.shape[-1], edge_fea.shape[1]
@@ -96,6 +103,11 @@ def egnn_layer(
         _check_mlp("egnn_layer", name, mlp, ends, h)
 
     kernels = _kernels("egnn_layer", backend, precision, h, activation)
+
+    if isinstance(kernels, on_triton.TritonKernels):
+        _check_same_hidden(weights)
+        fea = edge_fea.index_select(0, edges.order)
+        return on_triton.egnn((x, v, h), fea, edges, weights, activation, norm, precision)
 
     def layer(state: State, sorted_fea: Tensor) -> State:
         return split_egnn(state, sorted_fea, edges, weights, activation, norm, kernels)
@@ -216,10 +228,8 @@ def _kernels(
             "one of these"
         )
     if backend == "triton":
-        raise RuntimeError(
-            f"{op}: `backend` must be 'auto', 'torch' or 'cpp' here, got 'triton'; its kernels "
-            "are not there yet; choose another"
-        )
+        _check_triton(op, precision, h, activation)
+        return on_triton.TritonKernels(precision)
     if precision != "fp32":
         raise ValueError(
             f"{op}: `precision` must be 'fp32' with backend={backend!r}, got {precision!r}; "
@@ -236,6 +246,34 @@ def _kernels(
             _say_once(problem)
         return TorchKernels()
     raise error(f"{op}: `backend` must be 'torch' or 'auto' here, got 'cpp'; {problem}")
+
+
+def _check_triton(op: str, precision: str, h: Tensor, activation: nn.Module) -> None:
+    require_triton(op, h)
+    if h.dtype != torch.float32 and not (h.dtype == torch.float64 and precision == "fp32"):
+        raise TypeError(
+            f"{op}: `h` must be torch.float32 with backend='triton', or torch.float64 with "
+            f"precision='fp32', got {h.dtype} with {precision!r}; convert the tensors"
+        )
+    if torch.is_autocast_enabled(h.device.type):
+        raise TypeError(
+            f"{op}: `backend` must be 'torch' or 'auto' under autocast, got 'triton'; leave "
+            "autocast and pass precision="
+        )
+    if type(activation) not in on_triton.ACTIVATIONS:
+        raise TypeError(
+            f"{op}: `activation` must be nn.SiLU or nn.Tanh with backend='triton', got "
+            f"{type(activation).__name__}; use backend='torch'"
+        )
+
+
+def _check_same_hidden(weights: EGNNWeights) -> None:
+    widths = [mlp.weight0.shape[0] for mlp in weights]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            "egnn_layer: `weights` must have one hidden width in all MLPs with backend='triton', "
+            f"got {widths}; use backend='torch'"
+        )
 
 
 @lru_cache(maxsize=8)

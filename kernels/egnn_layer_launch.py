@@ -1,0 +1,209 @@
+"""Launchers of the EGNN layer: state of T copies (T*n, ...), edges of one copy sorted by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gfnode_fast.kernels.egnn_layer import _egnn_layer_fwd_kernel
+from gfnode_fast.kernels.egnn_layer_bwd import (
+    _egnn_edge_bwd_kernel,
+    _egnn_gather_bwd_kernel,
+    _egnn_node_bwd_kernel,
+)
+from gfnode_fast.kernels.launch import ceil_div, next_power_of_2, on_device_of
+from gfnode_fast.kernels.registry import AotCase
+from gfnode_fast.kernels.row_products_launch import (
+    MODES,
+    aot_case,
+    launch_row_linear,
+    launch_row_outer,
+    mode,
+    num_programs,
+    tile,
+)
+
+PER_MULTIPROCESSOR = 2  # programs with memory of their own
+EDGE_BUFFER_BYTES = 32 << 20  # of gradients edge by edge: copies are taken together up to this
+
+
+def launch_egnn_layer_fwd(
+    x: Tensor,
+    v: Tensor,
+    h: Tensor,
+    edge_fea: Tensor,
+    neighbours: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    norm: bool,
+    silu: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns x', h', and for backward Σ m (T*n, K) and Σ r f (T*n, 3).
+
+    neighbours: order (n,), row_start (n + 1,), col (E,), and of the edges that leave each node
+    source_start (n + 1,) and source_edge (E,). weights: four each of the message, coordinate,
+    velocity and node MLP.
+    """
+    order, row_start, col = neighbours[:3]
+    message0, message0_bias, *rest = weights
+    rows, width = h.shape
+    hidden, num_nodes = message0.shape[0], order.shape[0]
+    x_out, h_out = torch.empty_like(x), torch.empty_like(h)
+    messages, shift = torch.empty_like(h), torch.empty_like(x)
+    if rows == 0:
+        return x_out, h_out, messages, shift
+    node_products, edge_products = _products(h, edge_fea, message0, message0_bias, precision)
+    copies, launched = rows // num_nodes, tile(mode(h, precision))
+    block_r = launched["BLOCK_R"]
+    programs = num_programs(h, ceil_div(num_nodes, block_r) * copies, PER_MULTIPROCESSOR)
+    own = h.new_empty(programs, block_r, hidden + width)
+    with on_device_of(h):
+        _egnn_layer_fwd_kernel[(programs,)](
+            x, v, h, node_products, edge_products, order, row_start, col, message0, *rest,
+            x_out, h_out, messages, shift, own, num_nodes, copies, message0.stride(0), width,
+            hidden, NORM=norm, SILU=silu, **launched,
+        )  # fmt: skip
+    return x_out, h_out, messages, shift
+
+
+def launch_egnn_layer_bwd(
+    grad_x_out: Tensor,
+    grad_h_out: Tensor,
+    x: Tensor,
+    v: Tensor,
+    h: Tensor,
+    edge_fea: Tensor,
+    messages: Tensor,
+    shift: Tensor,
+    neighbours: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    norm: bool,
+    silu: bool,
+    precision: str,
+    wants_edge_fea: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, v, h, edge_fea ((0,) unless wanted) and the 16 weights."""
+    order, row_start, col, source_start, source_edge = neighbours
+    message0, message0_bias, message2, message2_bias, *rest = weights
+    coordinate, velocity, node = rest[:4], rest[4:8], rest[8:]
+    (rows, width), num_nodes, num_edges = h.shape, order.shape[0], col.shape[0]
+    hidden, depth, num_copies = message0.shape[0], edge_fea.shape[1], rows // max(num_nodes, 1)
+    block_d = max(16, next_power_of_2(depth + 2))
+    launched = tile(mode(h, precision)) | {"width": width, "hidden": hidden}
+    block_r = launched["BLOCK_R"]
+
+    grad_hidden = h.new_empty(rows, 4 * hidden)
+    active = h.new_empty(rows, hidden)
+    grad_messages, grad_shift = torch.empty_like(h), torch.empty_like(x)
+    grad_x, grad_v, grad_h = torch.empty_like(x), torch.empty_like(v), torch.empty_like(h)
+    programs = num_programs(h, ceil_div(rows, block_r), PER_MULTIPROCESSOR)
+    node_sums = h.new_zeros(programs, 3 * hidden + width + 1)
+    tiles = ceil_div(num_nodes, block_r)
+    per_copy = max(1, num_edges * (hidden + 3) * h.element_size())
+    copies = max(1, min(num_copies, EDGE_BUFFER_BYTES // per_copy))
+    edge_programs = num_programs(h, tiles * copies, PER_MULTIPROCESSOR)
+    own = h.new_empty(edge_programs, block_r, 2 * hidden + 3 * width)
+    grad_u = h.new_empty(copies * num_edges, hidden)
+    grad_r = h.new_empty(copies * num_edges, 3)
+    edge_sums = h.new_zeros(edge_programs, hidden * (2 * width + block_d) + width + 2 * hidden + 1)
+    grad_edge = h.new_zeros(num_edges, hidden) if wants_edge_fea else None
+    node_products, edge_products = _products(h, edge_fea, message0, message0_bias, precision)
+    with on_device_of(h):
+        _egnn_node_bwd_kernel[(programs,)](
+            grad_x_out, grad_h_out, v, h, messages, shift, row_start, *velocity, *node[:3],
+            grad_hidden, active, grad_messages, grad_shift, grad_v, node_sums, num_nodes, rows,
+            **launched, SILU=silu,
+        )  # fmt: skip
+        for first in range(0, max(num_copies, 1), copies):
+            taken = min(copies, num_copies - first)
+            _egnn_edge_bwd_kernel[(edge_programs,)](
+                x, node_products, edge_products, edge_fea, order, row_start, col, message0,
+                message2, message2_bias, *coordinate, grad_messages, grad_shift, grad_u, grad_r,
+                edge_sums, own, num_nodes, num_edges, first, taken, message0.stride(0),
+                **launched, depth=depth, BLOCK_D=block_d, NORM=norm, SILU=silu,
+            )  # fmt: skip
+            if rows:
+                _egnn_gather_bwd_kernel[(tiles, taken)](
+                    grad_u, grad_r, grad_x_out, grad_hidden, grad_x, grad_h, order, row_start,
+                    source_start, source_edge, message0, velocity[0], node[0], num_nodes,
+                    num_edges, first, message0.stride(0), **launched,
+                )  # fmt: skip
+            if grad_edge is not None:
+                grad_edge += grad_u[: taken * num_edges].view(taken, num_edges, hidden).sum(0)
+
+    of_h = launch_row_outer(grad_hidden, h, precision)
+    of_node, of_velocity, of_row, of_col = of_h.split(hidden)
+    of_messages = launch_row_outer(grad_hidden[:, :hidden], messages, precision)
+    grad_node2 = launch_row_outer(grad_h_out, active, precision)
+    grad_node0_bias, grad_velocity0_bias, grad_velocity2, grad_node2_bias, grad_velocity2_bias = (
+        node_sums.sum(0).split([hidden, hidden, hidden, width, 1])
+    )
+    (
+        grad_message2, grad_coordinate0, extra,
+        grad_message2_bias, grad_coordinate0_bias, grad_coordinate2, grad_coordinate2_bias,
+    ) = edge_sums.sum(0).split(
+        [hidden * width, hidden * width, hidden * block_d, width, hidden, hidden, 1]
+    )  # fmt: skip
+    extra = extra.view(hidden, block_d)
+    grad_fea = h.new_empty(0)
+    if grad_edge is not None:
+        turned = message0[:, 2 * width + 1 :].t()
+        grad_fea = launch_row_linear(grad_edge, turned, None, 1, depth, precision)
+    return (
+        grad_x, grad_v, grad_h, grad_fea,
+        torch.cat((extra[:, :1], of_row, of_col, extra[:, 1 : depth + 1]), dim=1),
+        extra[:, depth + 1].clone(), grad_message2.view(width, hidden).clone(),
+        grad_message2_bias.clone(),
+        grad_coordinate0.view(hidden, width).clone(), grad_coordinate0_bias.clone(),
+        grad_coordinate2.view(1, hidden).clone(), grad_coordinate2_bias.clone(),
+        of_velocity.clone(), grad_velocity0_bias.clone(), grad_velocity2.view(1, hidden).clone(),
+        grad_velocity2_bias.clone(),
+        torch.cat((of_node, of_messages), dim=1), grad_node0_bias.clone(), grad_node2,
+        grad_node2_bias.clone(),
+    )  # fmt: skip
+
+
+def _products(
+    h: Tensor, edge_fea: Tensor, weight: Tensor, bias: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """[W_a h, W_b h] (T*n, 2H) and W_e e + b (E, H)."""
+    hidden, width = weight.shape[0], h.shape[1]
+    of_nodes, of_edges = weight[:, 1 : 2 * width + 1], weight[:, 2 * width + 1 :]
+    return (
+        launch_row_linear(h, of_nodes, None, 2, hidden, precision),
+        launch_row_linear(edge_fea, of_edges, bias, 1, hidden, precision),
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """Encoder (64) and decoder (96) with the published 5 edge features."""
+    return [
+        case for width in (64, 96) for precision in MODES for case in _aot_cases(width, precision)
+    ]
+
+
+def _aot_cases(width: int, precision: str) -> list[AotCase]:
+    return [
+        aot_case(
+            kernel,
+            f"{name} K={width}",
+            precision,
+            more,
+            divisible_by_16=("width", "hidden"),
+            allowed_spills_reason="8 bytes of stack on sm_80, none elsewhere, with the least tile"
+            if name == "egnn_edge_bwd" and precision == "fp32"
+            else None,
+        )
+        for kernel, name, more in (
+            (_egnn_layer_fwd_kernel, "egnn_layer_fwd", {"NORM": False, "SILU": True}),
+            (_egnn_node_bwd_kernel, "egnn_node_bwd", {"SILU": True}),
+            (
+                _egnn_edge_bwd_kernel,
+                "egnn_edge_bwd",
+                {"NORM": False, "SILU": True, "BLOCK_D": 16},
+            ),
+            (_egnn_gather_bwd_kernel, "egnn_gather_bwd", {}),
+        )
+    ]

@@ -1,0 +1,139 @@
+"""Launchers of products node by node, and what the graph layers' launchers share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gfnode_fast.kernels.launch import ceil_div, on_device_of
+from gfnode_fast.kernels.registry import AotCase, unwrap
+from gfnode_fast.kernels.row_products import _row_linear_kernel, _row_outer_kernel
+
+BLOCK_R = 64  # rows of a single product, which is all that its kernel holds
+BLOCK_C = 32  # divides 64 and 96
+OUTER_BLOCK = 64
+OUTER_BLOCK_R = 32  # 64 spills
+INTERPRETED_PROGRAMS = 2
+INDICES = ("order", "row_start", "row", "col", "source_start", "source_edge")
+MODES = {"fp32": "tf32x3", "tf32": "tf32", "bf16": "bf16", "fp64": "ieee"}
+SPILLS = {"fp64": "for checking only: no fp64 tensor products on sm_100"}
+
+
+def mode(tensor: Tensor, precision: str) -> str:
+    """What products are made of: see `feature_tiles`."""
+    if tensor.dtype == torch.float64:
+        return "ieee"
+    if precision == "fp32":
+        return "tf32x3"
+    return precision if tensor.is_cuda else f"{precision} emulated"
+
+
+def tile(made_of: str) -> dict[str, Any]:
+    """Launch options of the kernels that chain products.
+
+    Three tf32 products after each other are laid out with 16 rows or 8 columns to a warp: four
+    warps for a tile of 16 x 32, any other number would repeat them.
+    """
+    rows, warps = (16, 4) if made_of in ("tf32x3", "ieee") else (32, 8)
+    return {
+        "BLOCK_R": rows,
+        "BLOCK_C": BLOCK_C,
+        "MODE": made_of,
+        "num_warps": warps,
+        "num_stages": 1,  # with more, the loads taken ahead spill
+        "maxnreg": 255,  # ptxas would stop at 128, and spill
+    }
+
+
+def num_programs(tensor: Tensor, items: int, per_multiprocessor: int = 1) -> int:
+    """Programs that share the items; each has a share of the weights' gradients of its own."""
+    if not tensor.is_cuda:
+        return max(1, min(items, INTERPRETED_PROGRAMS))
+    available = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return max(1, min(items, per_multiprocessor * available))
+
+
+def launch_row_linear(
+    a: Tensor, weight: Tensor, bias: Tensor | None, blocks: int, width: int, precision: str
+) -> Tensor:
+    """a (R, K), weight (N, blocks * K) with any strides → (R, blocks * N), N = `width`."""
+    rows, num_k = a.shape
+    out = a.new_empty(rows, blocks * width)
+    if out.numel():
+        with on_device_of(a):
+            _row_linear_kernel[(ceil_div(rows, BLOCK_R), blocks, ceil_div(width, BLOCK_C))](
+                a, weight, bias, out, rows, *weight.stride(), width, num_k, NUM_BLOCKS=blocks,
+                **(tile(mode(a, precision)) | {"BLOCK_R": BLOCK_R}),
+            )  # fmt: skip
+    return out
+
+
+def launch_row_outer(g: Tensor, a: Tensor, precision: str) -> Tensor:
+    """gᵀ a of (R, N) and (R, K), rows of any stride: (N, K)."""
+    rows, num_n, num_k = g.shape[0], g.shape[1], a.shape[1]
+    tiles = ceil_div(num_n, OUTER_BLOCK), ceil_div(num_k, OUTER_BLOCK)
+    shares = num_programs(a, ceil_div(rows, 4 * BLOCK_R))
+    share = BLOCK_R * ceil_div(ceil_div(rows, BLOCK_R), shares)
+    partial = a.new_empty(shares, num_n, num_k)
+    options = tile(mode(a, precision)) | {"BLOCK_R": OUTER_BLOCK_R}
+    del options["BLOCK_C"]
+    with on_device_of(a):
+        _row_outer_kernel[(shares, *tiles)](
+            g, a, partial, rows, share, g.stride(0), a.stride(0), num_n, num_k,
+            BLOCK_N=OUTER_BLOCK, BLOCK_K=OUTER_BLOCK, **options,
+        )  # fmt: skip
+    return partial.sum(0)
+
+
+def aot_case(
+    kernel: Any,
+    name: str,
+    precision: str,
+    constexprs: Mapping[str, object],
+    divisible_by_16: tuple[str, ...],
+    allowed_spills_reason: str | None = None,
+) -> AotCase:
+    """A case of which pointers are to the kernel's dtype or int64, integers int32."""
+    launched = tile(MODES[precision])
+    options = {key: launched.pop(key) for key in ("num_warps", "num_stages")}
+    options["options"] = {"maxnreg": launched.pop("maxnreg")}
+    pointer = "*fp64" if precision == "fp64" else "*fp32"
+    values, signature = {**launched, **constexprs}, {}
+    for parameter in inspect.signature(unwrap(kernel)).parameters:
+        if parameter in values:
+            continue
+        if not parameter.endswith("_ptr"):
+            signature[parameter] = "i32"
+        else:
+            signature[parameter] = "*i64" if parameter[:-4] in INDICES else pointer
+    return AotCase(
+        kernel,
+        f"{name} {precision}",
+        signature,
+        {key: value for key, value in values.items() if key in _parameters(kernel)},
+        divisible_by_16=divisible_by_16,
+        allowed_spills_reason=SPILLS.get(precision, allowed_spills_reason),
+        **options,
+    )
+
+
+def _parameters(kernel: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(unwrap(kernel)).parameters
+
+
+def aot_cases() -> list[AotCase]:
+    """Widths that tiles divide, and not; W with its rows dense, as it is in forward."""
+    cases, whole = [], ("num_n", "num_k")
+    for precision in MODES:
+        linear = {"NUM_BLOCKS": 2, "stride_k": 1, "bias_ptr": None, "BLOCK_R": BLOCK_R}
+        outer = {"BLOCK_N": OUTER_BLOCK, "BLOCK_K": OUTER_BLOCK, "BLOCK_R": OUTER_BLOCK_R}
+        cases += [
+            aot_case(_row_linear_kernel, "row_linear K=96", precision, linear, whole),
+            aot_case(_row_linear_kernel, "row_linear C=102", precision, linear, ()),
+            aot_case(_row_outer_kernel, "row_outer K=96", precision, outer, whole),
+        ]
+    return cases

@@ -1,0 +1,331 @@
+"""The Triton graph layers, interpreted, against the reference's modules in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gfnode_fast.ops import graph_layers_triton as on_triton
+from gfnode_fast.ops.graph_layers import egnn_layer
+from gfnode_fast.ops.graph_layers_torch import EGNNWeights, MLPWeights
+from gfnode_fast.ops.topology import topology
+from graph_layer_cases import (
+    TOLERANCES,
+    VARIANTS,
+    Edges,
+    assert_close,
+    cast,
+    edges_of,
+    make_inputs,
+    make_layer,
+    molecules,
+    ours,
+    published,
+    values,
+)
+from op_checks import compiled_equals_eager, opcheck, relative_error, strided
+
+pytest.importorskip("triton", reason="triton is not installed on this platform")
+
+# Kernel in a reduced mode against the same layer in float64 with rounded operands; measured beside
+# it. An operand that the two round to different sides differs by one unit of the mode.
+ROUNDED = {"tf32": 1e-3, "bf16": 3e-3}  # 4e-4, 2e-3
+# On a GPU against float64; the reduced modes take SiLU with tanh.approx. Not yet measured.
+REDUCED = {"fp32": 2e-5, "tf32": 1e-2, "bf16": 5e-2}
+
+
+def ragged() -> tuple[int, Edges]:
+    """Molecules of 1, 5, 12 and 2 atoms, chains and a ring, more nodes than a tile has."""
+    pairs, first = [], 0
+    for size in (1, 5, 12, 2):
+        for atom in range(size - 1):
+            pairs += [(first + atom, first + atom + 1), (first + atom + 1, first + atom)]
+        if size > 10:
+            pairs += [(first, first + size - 1), (first + size - 1, first)]
+        first += size
+    pair = torch.tensor(pairs)[
+        torch.randperm(len(pairs), generator=torch.Generator().manual_seed(5))
+    ]
+    return first, (pair[:, 0].contiguous(), pair[:, 1].contiguous())
+
+
+def compare(
+    variant: str, graph: tuple[int, Edges], dtype: torch.dtype, *, width: int = 5, copies: int = 2
+) -> None:
+    num_nodes, edges = graph
+    layer = make_layer(width=width, **VARIANTS[variant])
+    given = make_inputs(num_nodes, edges, copies, width)
+    expected = values(published, layer, given, num_nodes, edges)
+    layer, given = layer.to(dtype), cast(given, dtype)
+    got = values(ours, layer, given, num_nodes, edges, backend="triton")
+    assert got["output"].dtype == dtype
+    assert_close(got, expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("graph", ["duplicates and a loop", "isolated nodes", "no edges", "empty"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_values_and_every_gradient(variant: str, graph: str) -> None:
+    compare(variant, edges_of(graph), torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float64(variant: str) -> None:
+    compare(variant, edges_of("unsorted"), torch.float64)
+
+
+@pytest.mark.parametrize("variant", ["egnn", "sage", "gcn"])
+def test_molecules_of_different_size(variant: str) -> None:
+    compare(variant, ragged(), torch.float32, width=33, copies=3)
+
+
+def test_displacements_are_clamped() -> None:
+    num_nodes, edges = edges_of("unsorted")
+    layer = make_layer("egnn", 5)
+    given = make_inputs(num_nodes, edges, copies=1, width=5)
+    given["x"] *= 1e4
+    expected = values(published, layer, given, num_nodes, edges)
+    layer, given = layer.float(), cast(given, torch.float32)
+    got = values(ours, layer, given, num_nodes, edges, backend="triton")
+    for key in ("output", "x"):
+        assert relative_error(got[key], expected[key]) < TOLERANCES[torch.float32], key
+
+
+def rounded(x: Tensor, precision: str) -> Tensor:
+    """To the nearest value of the mode, in float64."""
+    if precision == "bf16":
+        return x.float().bfloat16().double()
+    bits = x.float().view(torch.int32)
+    return ((bits + 0x1000) & -0x2000).view(torch.float32).double()
+
+
+class RoundedLinear(torch.autograd.Function):
+    """A linear map whose products, backward too, see rounded operands."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, weight: Tensor, precision: str) -> Tensor:
+        ctx.save_for_backward(a, weight)
+        ctx.precision = precision
+        return rounded(a, precision) @ rounded(weight, precision).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, weight = (rounded(t, ctx.precision) for t in ctx.saved_tensors)
+        grad = rounded(grad, ctx.precision)
+        return grad @ weight, grad.flatten(0, -2).T @ a.flatten(0, -2), None
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("variant", ["egnn", "sage"])
+def test_reduced_precision_rounds_operands(
+    variant: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_nodes, edges = edges_of("unsorted")
+    layer = make_layer(width=16, **VARIANTS[variant])
+    given = make_inputs(num_nodes, edges, 1, 16)
+    # operands that float32 holds, so that both round the same numbers in the first product
+    layer, given = layer.float().double(), cast(cast(given, torch.float32), torch.float64)
+    exact = values(published, layer, given, num_nodes, edges)
+    exact_linear = F.linear
+
+    def linear(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.shape[0] == 1:  # scalars of an MLP are sums, not products of matrices
+            return exact_linear(a, weight, bias)
+        out = RoundedLinear.apply(a, weight, precision)
+        return out if bias is None else out + bias
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", linear)
+        expected = values(ours, layer, given, num_nodes, edges, backend="torch")
+    layer, given = layer.float(), cast(given, torch.float32)
+    options = {"backend": "triton", "precision": precision}
+    got = values(ours, layer, given, num_nodes, edges, **options)
+    for key, value in expected.items():
+        scale = max(value.norm().item(), 1e-2)
+        assert (got[key].double() - value).norm().item() / scale <= ROUNDED[precision], key
+    error = relative_error(expected["output"], exact["output"])
+    assert relative_error(got["output"], exact["output"]) <= 1.5 * error
+    assert error > 1e-5  # rounding there was
+
+
+@pytest.mark.parametrize("variant", ["egnn", "gcn"])
+def test_strides_and_cotangents(variant: str) -> None:
+    num_nodes, edges = edges_of("unsorted")
+    layer = make_layer(width=4, **VARIANTS[variant]).float()
+    given = cast(make_inputs(num_nodes, edges, 1, 4), torch.float32)
+
+    def run(inputs: dict[str, Tensor], expanded: bool) -> list[Tensor]:
+        leaves = {key: value.detach().requires_grad_() for key, value in inputs.items()}
+        out = ours(layer, leaves, num_nodes, edges, backend="triton")
+        ones = torch.ones(()).expand(out.shape) if expanded else torch.ones(out.shape)
+        return [out, *torch.autograd.grad(out, list(leaves.values()), ones)]
+
+    plain = run(given, False)
+    spread = run({key: strided(value) for key, value in given.items()}, True)
+    for a, b in zip(plain, spread, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_deterministic_and_independent_of_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gfnode_fast.kernels import egnn_layer_launch
+
+    num_nodes, edges = edges_of("duplicates and a loop")
+    layer = make_layer("egnn", 4).float()
+    given = cast(make_inputs(num_nodes, edges, 3, 4), torch.float32)
+    once, again = (values(ours, layer, given, num_nodes, edges, backend="triton") for _ in range(2))
+    monkeypatch.setattr(egnn_layer_launch, "EDGE_BUFFER_BYTES", 1)  # a copy at a time
+    by_copy = values(ours, layer, given, num_nodes, edges, backend="triton")
+    for key, value in once.items():
+        assert torch.equal(again[key], value), key
+        assert relative_error(by_copy[key], value) < 1e-5, key
+
+
+@pytest.mark.parametrize("variant", ["egnn", "sage"])
+def test_nan_stays_with_its_neighbours(variant: str) -> None:
+    num_nodes, edges = molecules(2)
+    layer = make_layer(width=4, **VARIANTS[variant]).float()
+    given = cast(make_inputs(num_nodes, edges, 1, 4), torch.float32)
+    given["x"][0] = float("nan")
+    out = ours(layer, given, num_nodes, edges, backend="triton")
+    assert torch.isnan(out).any(dim=1).nonzero().flatten().tolist() == [0, 1, 5]
+
+
+def test_registered_operators() -> None:
+    num_nodes, edges = edges_of("isolated nodes")
+    built = topology(*edges, num_nodes)
+    given = cast(make_inputs(num_nodes, edges, 1, 4), torch.float32)
+    layer = make_layer("egnn", 4).float()
+    leaves = {key: value.requires_grad_() for key, value in given.items()}
+    neighbours = on_triton._neighbours(built)
+    weights = list(layer.parameters())
+    state = (leaves["x"], leaves["v"], leaves["h"], leaves["edge_fea"])
+    short = [neighbours[i] for i in (0, 1, 3, 4, 5)]
+    opcheck(on_triton.triton_egnn_layer, *state, short, weights, False, True, "fp32")
+    node, edge = torch.randn(num_nodes, 8).requires_grad_(), torch.randn(3, 4).requires_grad_()
+    opcheck(on_triton.triton_edge_sum, node, edge, neighbours, True, "fp32")
+    opcheck(
+        on_triton.triton_row_linear,
+        torch.randn(6, 4).requires_grad_(),
+        torch.randn(5, 4).requires_grad_(),
+        "fp32",
+    )
+
+
+@pytest.mark.parametrize("variant", ["egnn", "gcn"])
+def test_traced_whole(variant: str) -> None:
+    num_nodes, edges = edges_of("duplicates and a loop")
+    layer = make_layer(width=4, **VARIANTS[variant]).float()
+    given = cast(make_inputs(num_nodes, edges, 1, 4), torch.float32)
+
+    def run(*tensors: Tensor) -> Tensor:
+        inputs = dict(zip(given, tensors, strict=True))
+        return ours(layer, inputs, num_nodes, edges, backend="triton")
+
+    compiled_equals_eager(run, list(given.values()), TOLERANCES[torch.float32])
+
+
+def test_second_derivative_is_refused() -> None:
+    num_nodes, edges = edges_of("duplicates and a loop")
+    for variant in ("egnn", "gcn"):
+        layer = make_layer(width=4, **VARIANTS[variant]).float()
+        given = cast(make_inputs(num_nodes, edges, 1, 4), torch.float32)
+        x = given["x"].requires_grad_()
+        out = ours(layer, given, num_nodes, edges, backend="triton")
+        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            grad.sum().backward()
+
+
+def refused(**changes: Any) -> None:
+    dtype, hidden = changes.pop("dtype", torch.float32), changes.pop("hidden", (8, 8, 8, 8))
+
+    def mlp(fan_in: int, width: int, fan_out: int) -> MLPWeights:
+        shapes = (width, fan_in), (width,), (fan_out, width), (fan_out,)
+        return MLPWeights(*(torch.zeros(*shape, dtype=dtype) for shape in shapes))
+
+    ends = (12, 4), (4, 1), (4, 1), (8, 4)
+    weights = EGNNWeights(*(mlp(a, width, b) for (a, b), width in zip(ends, hidden, strict=True)))
+    num_nodes, edges = edges_of("unsorted")
+    x, h, fea = (torch.zeros(*shape, dtype=dtype) for shape in ((5, 3), (5, 4), (8, 3)))
+    options = {"activation": nn.SiLU(), "backend": "triton"} | changes
+    egnn_layer(x, x, h, topology(*edges, num_nodes), fea, weights, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"activation": nn.GELU()}, TypeError, "`activation` must be nn.SiLU or nn.Tanh"),
+        ({"dtype": torch.float16}, TypeError, "`h` must be torch.float32 with backend='triton'"),
+        ({"dtype": torch.float64, "precision": "tf32"}, TypeError, "got torch.float64 with 'tf32'"),
+        ({"hidden": (8, 8, 4, 8)}, ValueError, "one hidden width in all MLPs"),
+        ({"precision": "fp16"}, ValueError, "`precision` must be one of fp32, tf32, bf16"),
+    ],
+)
+def test_every_message(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        refused(**changes)
+    assert str(caught.value).startswith("egnn_layer: ")
+    assert message in str(caught.value)
+
+
+def test_autocast_is_refused() -> None:
+    with torch.autocast("cpu"), pytest.raises(TypeError, match="leave autocast"):
+        refused()
+
+
+def test_without_interpreter_the_cpu_is_refused() -> None:
+    """Triton reads the variable when it is imported, so in a process of its own."""
+    code = "import test_graph_layers_triton as t; t.refused(precision='tf32')"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    here = os.path.dirname(__file__)
+    environment["PYTHONPATH"] = os.pathsep.join([here, os.path.dirname(here)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert "RuntimeError: egnn_layer: `backend` must be 'torch' or 'auto' here" in done.stderr
+
+
+def on_gpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.cuda() for key, value in tensors.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("num_atoms", [5, 13, 400])
+@pytest.mark.parametrize("width", [64, 96])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_production_size(variant: str, width: int, num_atoms: int, precision: str) -> None:
+    """64 molecules (8 of the largest) times 8 copies, values and every gradient, twice the same."""
+    num_nodes, edges = molecules(64 if num_atoms < 100 else 8, num_atoms)
+    edges = tuple(end.cuda() for end in edges)
+    layer = make_layer(width=width, **VARIANTS[variant]).cuda()
+    given = on_gpu(make_inputs(num_nodes, tuple(end.cpu() for end in edges), 8, width))
+    expected = on_gpu_values(published, layer, given, num_nodes, edges)
+    layer, given = layer.float(), cast(given, torch.float32)
+    options = {"backend": "triton", "precision": precision}
+    once, again = (on_gpu_values(ours, layer, given, num_nodes, edges, **options) for _ in range(2))
+    for key, value in expected.items():
+        assert torch.equal(once[key], again[key]), key
+        scale = max(value.norm().item(), 1e-2)
+        error = (once[key].double() - value).norm().item() / scale
+        assert error <= REDUCED[precision], (key, error)
+
+
+def on_gpu_values(run: Any, layer: nn.Module, given: dict[str, Tensor], *args: Any, **options: Any):
+    """`values` with a cotangent on the device."""
+    layer.zero_grad()
+    leaves = {key: value.detach().requires_grad_() for key, value in given.items()}
+    out = run(layer, leaves, *args, **options)
+    generator = torch.Generator().manual_seed(2)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    out.backward(cotangent.to(out))
+    found = {"output": out.detach()}
+    for key, leaf in (leaves | dict(layer.named_parameters())).items():
+        found[key] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()
+    return found
