@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gfnode_fast.ops.mode_rhs import right_hand_side
 from gfnode_fast.reference.propagator import LinearBasisRHS, ModeODE
+from gfnode_fast.solvers.mode import FixedStep, SolverMode
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import ADAPTIVE, FIXED_GRID, TABLEAUS
 
@@ -30,7 +31,13 @@ def check_compilable(ode: ModeODE) -> None:
         )
 
 
-def compiled_solve(ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats) -> Tensor:
+def compiled_solve(
+    ode: ModeODE,
+    modes: Tensor,
+    times: Tensor,
+    stats: SolveStats,
+    solver_mode: SolverMode = "joint",
+) -> Tensor:
     """(M, B, D, C) at s = 0, times (B, T) → (B, T, D, M, C).
 
     Raises:
@@ -38,13 +45,24 @@ def compiled_solve(ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats
         SolverError: non-finite state or step underflow.
     """
     # Here, not above: torch's compiler takes a second to import.
-    from gfnode_fast.solvers.compiled import solve_compiled
+    from gfnode_fast.solvers.compiled import solve_compiled, solve_compiled_fixed
+    from gfnode_fast.solvers.compiled_exact import solve_compiled_exact
     from gfnode_fast.solvers.compiled_grid import solve_compiled_grid
+    from gfnode_fast.solvers.compiled_per_molecule import solve_compiled_per_molecule
 
     check_compilable(ode)
     rhs = right_hand_side(ode.ode_func)
     structure = (ode.ode_func.mode_interaction, ode.ode_func.time_mode)
+    if solver_mode == "exact":
+        return solve_compiled_exact(rhs, structure, modes, times, stats)
+    if isinstance(solver_mode, FixedStep):
+        fixed, size = FIXED_GRID[ode.solver], solver_mode.step_size
+        return solve_compiled_fixed(rhs, structure, modes, times, fixed, size, stats)
     if ode.solver in FIXED_GRID:
         return solve_compiled_grid(rhs, structure, modes, times, FIXED_GRID[ode.solver], stats)
     tableau = ADAPTIVE[ode.solver]
+    if solver_mode == "per_molecule":
+        return solve_compiled_per_molecule(
+            rhs, structure, modes, times, tableau, ode.rtol, ode.atol, stats
+        )
     return solve_compiled(rhs, structure, modes, times, tableau, ode.rtol, ode.atol, stats)

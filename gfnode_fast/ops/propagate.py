@@ -86,10 +86,10 @@ def propagate(
     modes = _transform(propagator, signal, eigvecs, ptr, transforms)
     if backend == "triton":
         solved = triton_solve(propagator.t_conv, modes, times, stats, solver_mode)
+    elif backend == "compiled":
+        solved = compiled_solve(propagator.t_conv, modes, times, stats, solver_mode)
     elif solver_mode != "joint":
         solved = _solve_in_mode(propagator.t_conv, modes, times, stats, solver_mode)
-    elif backend == "compiled":
-        solved = compiled_solve(propagator.t_conv, modes, times, stats)
     else:
         solved = _solve(propagator.t_conv, modes, times, stats)
     return _transform_back(propagator, solved, signal, eigvecs, ptr, activation, transforms)
@@ -105,10 +105,16 @@ def check_mode_of(op: str, mode: object, ode: ModeODE, backend: str) -> None:
         no_ode=ode.no_ode,
         mixes_modes=isinstance(function, ModeRHS) and function.mode_interaction != "no_interaction",
     )
-    if mode != "joint" and backend in ("compiled", "reference"):
+    if mode != "joint" and backend == "reference":
         raise ValueError(
-            f"{op}: `solver_mode` must be 'joint' with backend={backend!r}, got {mode!r}; use "
+            f"{op}: `solver_mode` must be 'joint' with backend='reference', got {mode!r}; use "
             "backend='torch'"
+        )
+    forced = isinstance(function, ModeRHS) and function.time_mode not in ("none", "concat")
+    if mode == "exact" and backend == "compiled" and forced:
+        raise ValueError(
+            f"{op}: `time_mode` must be 'none' or 'concat' with solver_mode='exact' and "
+            f"backend='compiled', got {function.time_mode!r}; use backend='torch'"
         )
 
 

@@ -18,10 +18,12 @@ from torch.autograd.function import once_differentiable
 from torch.fx.experimental import _config as shape_config
 
 from gfnode_fast.solvers.errors import SolverError, check_state, check_step
+from gfnode_fast.solvers.fixed_step import check_uniform
 from gfnode_fast.solvers.rhs import GeneralRHS, LinearRHS, RightHandSide
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import Tableau
-from gfnode_fast.solvers.traced import Function, TracedSolve
+from gfnode_fast.solvers.traced import Function, TracedSolve, TracedSteps, canonical
+from gfnode_fast.solvers.traced_uniform import TracedUniform
 
 
 def compile_graph(method: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -49,13 +51,6 @@ def call_graph(graph: Callable[..., Any], *inputs: Tensor, dynamic: Sequence[int
         return graph(*inputs)
 
 
-def canonical(tensor: Tensor) -> Tensor:
-    """A contiguous copy with the strides of its shape, unit dimensions included, in memory of its
-    own: the compiler guards strides, and its loops take no two inputs that share memory.
-    """
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
 def function_of(rhs: RightHandSide) -> Function:
     """The right-hand side as a function of (s, y, *parameters) that holds none of them.
 
@@ -73,7 +68,7 @@ def function_of(rhs: RightHandSide) -> Function:
 
     def linear(s: Tensor, y: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
         product = torch.bmm(y.transpose(0, 1), weight).transpose(0, 1)
-        return product if forcing is None else product + forcing(s.reshape(1), *rest)
+        return product if forcing is None else product + forcing(s.reshape(-1), *rest)
 
     return linear
 
@@ -88,17 +83,17 @@ class _Key:
     is_single: bool
     dtype: torch.dtype
     device: torch.device
-    tableau: str
-    tolerances: tuple[float, ...]
+    method: str
+    numbers: tuple[Hashable, ...]  # tolerances, a step size
 
 
 class Graphs:
     """The compiled methods of a traced solve."""
 
-    def __init__(self, solve: Any, number: int) -> None:
+    def __init__(self, solve: Any, name: str) -> None:
         self.solve = solve
-        self.forward = compile_graph(solve.forward, f"{solve.tableau.name}_{number}")
-        self.backward = compile_graph(solve.backward, f"{solve.tableau.name}_{number}_adjoint")
+        self.forward = compile_graph(solve.forward, name)
+        self.backward = compile_graph(solve.backward, f"{name}_adjoint")
 
 
 _GRAPHS: dict[_Key, Graphs] = {}
@@ -108,9 +103,9 @@ def graphs_for(
     rhs: RightHandSide,
     structure: Hashable,
     y0: Tensor,
-    tableau: Tableau,
+    method: str,
     make: Callable[[Function], object],
-    tolerances: tuple[float, ...],
+    numbers: tuple[Hashable, ...],
 ) -> Graphs:
     """The graphs of this structure, state and method; made, not yet compiled, when new."""
     modes, batch, components, channels = y0.shape
@@ -122,12 +117,12 @@ def graphs_for(
         is_single=batch == 1,
         dtype=y0.dtype,
         device=y0.device,
-        tableau=tableau.name,
-        tolerances=tolerances,
+        method=method,
+        numbers=numbers,
     )
     graphs = _GRAPHS.get(key)
     if graphs is None:
-        graphs = _GRAPHS[key] = Graphs(make(function), len(_GRAPHS))
+        graphs = _GRAPHS[key] = Graphs(make(function), f"{method}_{len(_GRAPHS)}")
     return graphs
 
 
@@ -146,7 +141,7 @@ class _CompiledSolve(torch.autograd.Function):
         if count < len(accepted):
             kept = report.nonzero().flatten()
             t, dt, y, k = (a.index_select(0, kept) for a in (t, dt, y, k))
-        stats.evaluations += 2 + len(accepted) * (graphs.solve.tableau.num_stages - 1)
+        stats.evaluations += graphs.solve.evaluations(len(accepted))
         stats.accepted += count
         stats.rejected += len(accepted) - count
         ctx.graphs = graphs
@@ -158,6 +153,7 @@ class _CompiledSolve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> Any:
         times, t, dt, y, k, first_accepted, *parameters = ctx.saved_tensors
+        state = 2 if len(times) > 1 else 1  # rows are molecules times components
         grad_y, *grads = call_graph(
             ctx.graphs.backward,
             canonical(grad_values),
@@ -168,14 +164,14 @@ class _CompiledSolve(torch.autograd.Function):
             k,
             first_accepted,
             *(canonical(p) for p in parameters),
-            dynamic=(2, 2, 1, 1, 2, 2),
+            dynamic=(2, 2, 1, 1, state, state),
         )
         batch = times.shape[0]
         return None, None, None, grad_y.view(batch, -1, *grad_y.shape[1:]), *grads
 
 
 def _explain(
-    solve: TracedSolve,
+    solve: TracedSteps,
     y0: Tensor,
     t: Tensor,
     dt: Tensor,
@@ -188,9 +184,10 @@ def _explain(
     name, components = solve.tableau.name, y0.shape[1]
     check_state(name, y[0], 0.0, 0.0, components)
     check_state(name, y[-1], t[-1].item(), dt[-1].item(), components)
-    for when, step, state, slope in zip(t, dt, y, k, strict=True):
-        end, _, _ = solve.attempt(when, step, state, slope, *parameters)
-        check_state(name, end, when.item(), step.item(), components)
+    if isinstance(solve, TracedSolve):  # the attempt that failed is not among the starts
+        for when, step, state, slope in zip(t, dt, y, k, strict=True):
+            end, _, _ = solve.attempt(when, step, state, slope, *parameters)
+            check_state(name, end, when.item(), step.item(), components)
     check_step(name, t[-1].item(), dt[-1].item())
     raise SolverError(
         f"{name}: the solve must pass the last output time, got s = {t[-1].item():.6g} for "
@@ -239,21 +236,79 @@ def solve_compiled(
         the number of steps. Once differentiable, in y0 and the parameters. An outer torch.compile
         leaves its graph for the solve, whose steps are read on the host.
     """
-    modes, batch, components, channels = y0.shape
-    num_times = times.shape[1]
-    graphs = graphs_for(
+    return _solve_by_steps(
         rhs,
         structure,
         y0,
+        times.detach().double(),
         tableau,
         lambda function: TracedSolve(function, tableau, rtol, atol),
         (rtol, atol),
+        stats,
     )
-    own = times.detach().double()
+
+
+def solve_compiled_fixed(
+    rhs: RightHandSide,
+    structure: Hashable,
+    y0: Tensor,
+    times: Tensor,
+    tableau: Tableau,
+    step_size: float,
+    stats: SolveStats | None = None,
+) -> Tensor:
+    """`solve_fixed` with both directions compiled, a graph each.
+
+    Args:
+        rhs, structure, y0, times: as in `solve_compiled`.
+        tableau: a fixed-step method.
+        step_size: size of a step in normalised time.
+        stats: counts evaluations and steps when given.
+
+    Returns:
+        (B, T, D, M, C).
+
+    Raises:
+        ValueError: times that are not positive and finite.
+        SolverError: non-finite state, or more steps than can be taken.
+        RuntimeError: a complex right-hand side.
+
+    Notes:
+        Deterministic. O(B (steps + T)), memory too. Once differentiable, in y0 and the parameters.
+        Graphs are reused as those of `solve_compiled` are.
+    """
+    times = times.detach().double()
+    check_uniform(times, step_size)
+    return _solve_by_steps(
+        rhs,
+        structure,
+        y0,
+        times,
+        tableau,
+        lambda function: TracedUniform(function, tableau, step_size),
+        (step_size,),
+        stats,
+    )
+
+
+def _solve_by_steps(
+    rhs: RightHandSide,
+    structure: Hashable,
+    y0: Tensor,
+    times: Tensor,
+    tableau: Tableau,
+    make: Callable[[Function], TracedSteps],
+    numbers: tuple[Hashable, ...],
+    stats: SolveStats | None,
+) -> Tensor:
+    """`numbers`: what `make` knows beside the tableau."""
+    modes, batch, components, channels = y0.shape
+    num_times = times.shape[1]
+    graphs = graphs_for(rhs, structure, y0, tableau.name, make, numbers)
     # One time would be a fixed size: read it twice.
-    own = own.expand(-1, 2).contiguous() if num_times == 1 else own
+    times = times.expand(-1, 2).contiguous() if num_times == 1 else times
     values: Tensor = _solve(
-        graphs, SolveStats() if stats is None else stats, own, y0.permute(1, 2, 0, 3), rhs
+        graphs, SolveStats() if stats is None else stats, times, y0.permute(1, 2, 0, 3), rhs
     )
     return values[:, :num_times].view(batch, num_times, components, modes, channels)
 

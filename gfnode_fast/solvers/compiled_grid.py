@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gfnode_fast.solvers.compiled import Graphs, call_graph, canonical, graphs_for
+from gfnode_fast.solvers.compiled import Graphs, call_graph, graphs_for
 from gfnode_fast.solvers.errors import check_state
 from gfnode_fast.solvers.rhs import RightHandSide
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import Tableau
+from gfnode_fast.solvers.traced import canonical
 from gfnode_fast.solvers.traced_grid import TracedGrid
 
 
@@ -134,7 +135,7 @@ def solve_compiled_grid(
     """
     modes, batch, components, channels = y0.shape
     graphs = graphs_for(
-        rhs, structure, y0, tableau, lambda function: TracedGrid(function, tableau), ()
+        rhs, structure, y0, tableau.name, lambda function: TracedGrid(function, tableau), ()
     )
     values: Tensor = _solve(
         graphs,

@@ -83,16 +83,25 @@ def degree_and_substeps(norm: float, dtype: torch.dtype, *, affine: bool) -> tup
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """How a solve goes about it.
+
+    Attributes:
+        norm: bound of ‖W‖.
+        degree: K. substeps: per unit of time.
+        may_overflow: whether the values have to be looked at.
+    """
+
+    norm: float
     degree: int
-    substeps: int  # per unit of time
+    substeps: int
     num_steps: int
-    may_overflow: bool  # whether the values have to be looked at
+    may_overflow: bool
 
 
-def _make_plan(
+def make_plan(
     rows: Tensor, weight: Tensor, slope: Tensor | None, times: Tensor, components: int
-) -> _Plan:
+) -> Plan:
     """Reads ‖W‖, max |y0|, max |b| and the times' range: the one host synchronisation of a solve.
 
     ‖W‖ is bounded by sqrt(‖W‖_1 ‖W‖_∞), the largest over the modes.
@@ -130,7 +139,7 @@ def _make_plan(
     terms = MAX_THETA[dtype] + degree * math.log(max(norm / substeps, 1.0))
     growth = norm * last + terms + math.log(max(largest, 1.0) * weight.shape[-1])
     may_overflow = growth > math.log(torch.finfo(dtype).max) - 1
-    return _Plan(degree, substeps, max(1, math.ceil(last * substeps)), may_overflow)
+    return Plan(norm, degree, substeps, max(1, math.ceil(last * substeps)), may_overflow)
 
 
 @lru_cache(maxsize=64)
@@ -149,7 +158,7 @@ def _taylor_weights(x: Tensor, degree: int) -> Tensor:
     return torch.addcmul(first, x.unsqueeze(-1), ratios).cumprod(dim=-1)
 
 
-def _reading_weights(plan: _Plan, times: Tensor, step: int, dtype: torch.dtype) -> Tensor:
+def _reading_weights(plan: Plan, times: Tensor, step: int, dtype: torch.dtype) -> Tensor:
     """Weights (B, T, K+1) of the derivatives at a step's start, 0 for times outside the step."""
     if plan.num_steps == 1:
         return _taylor_weights(times, plan.degree).to(dtype)
@@ -160,12 +169,12 @@ def _reading_weights(plan: _Plan, times: Tensor, step: int, dtype: torch.dtype) 
     return (_taylor_weights(x, plan.degree) * inside.unsqueeze(-1)).to(dtype)
 
 
-def _end_weights(plan: _Plan, like: Tensor) -> Tensor:
+def _end_weights(plan: Plan, like: Tensor) -> Tensor:
     return _taylor_weights(like.new_ones((), dtype=torch.float64), plan.degree).to(like.dtype)
 
 
 def _derivatives(
-    plan: _Plan, step: int, state: Tensor, weight: Tensor, slope: Tensor | None
+    plan: Plan, step: int, state: Tensor, weight: Tensor, slope: Tensor | None
 ) -> Tensor:
     """P (K+1, R, M, C) at a step's start."""
     buffer = state.new_empty(plan.degree + 1, *state.shape)
@@ -180,7 +189,7 @@ def _drop_arrived(state: Tensor, times: Tensor, step: int) -> Tensor:
     return state.where(active.view(-1, 1, 1), 0)
 
 
-def _check_finite(plan: _Plan, buffer: Tensor, batch: int, step: int) -> None:
+def _check_finite(plan: Plan, buffer: Tensor, batch: int, step: int) -> None:
     """Raise SolverError if a step's derivatives are not finite."""
     bad = ~torch.isfinite(flat(buffer).view(len(buffer), batch, -1)).all(dim=2).all(dim=0)
     if bad.any():
@@ -202,7 +211,7 @@ class _ExactSolve(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        plan: _Plan,
+        plan: Plan,
         times: Tensor,
         rows: Tensor,
         weight: Tensor,
@@ -233,7 +242,7 @@ class _ExactSolve(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> Any:
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         times, weight, *saved = ctx.saved_tensors
         slope = saved.pop(0) if ctx.has_slope else None
         buffer, *starts = saved
@@ -299,7 +308,7 @@ def solve_exact(
     rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels)
     times = times.detach().double()
     slope = rhs.slope()
-    plan = _make_plan(rows, rhs.weight, slope, times, components)
+    plan = make_plan(rows, rhs.weight, slope, times, components)
     weight, forced, scaled = rhs.weight, slope, times
     if plan.substeps > 1:
         weight, scaled = weight / plan.substeps, times * plan.substeps

@@ -51,6 +51,20 @@ class _Uniform:
         return self.molecule[window], self.time[window], weights
 
 
+def check_uniform(times: Tensor, step_size: float) -> None:
+    """Raise for times that uniform steps cannot reach; reads their range on the host."""
+    first, last = torch.stack((times.amin(), times.amax())).tolist()
+    check_times("fixed", first, last)
+    if last / step_size > MAX_STEPS:
+        raise SolverError(
+            f"fixed: the solve must take at most {MAX_STEPS} steps, got {last / step_size:.3g} of "
+            f"size {step_size:.3g} to s = {last:.6g}; raise step_size",
+            time=0.0,
+            step=step_size,
+            rows=[],
+        )
+
+
 def solve_fixed(
     rhs: RightHandSide,
     y0: Tensor,
@@ -85,16 +99,7 @@ def solve_fixed(
             f"fixed: `tableau` must be a fixed-step method, got {tableau.name!r}; pass e.g. rk4"
         )
     times = times.detach().double()
-    first, last = torch.stack((times.amin(), times.amax())).tolist()
-    check_times("fixed", first, last)
-    if last / step_size > MAX_STEPS:
-        raise SolverError(
-            f"fixed: the solve must take at most {MAX_STEPS} steps, got {last / step_size:.3g} of "
-            f"size {step_size:.3g} to s = {last:.6g}; raise step_size",
-            time=0.0,
-            step=step_size,
-            rows=[],
-        )
+    check_uniform(times, step_size)
     stats = SolveStats() if stats is None else stats
     readings = _Uniform(times, step_size)
     return solve_on_grid(rhs, rhs, y0, readings, times.shape[1], tableau, stats)

@@ -35,7 +35,7 @@ Function = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class _Method:
+class Method:
     """What all attempts of a solve share."""
 
     tableau: Tableau
@@ -50,7 +50,7 @@ class _Method:
         )
 
 
-def _norm(y: Tensor, components: int) -> Tensor:
+def molecule_norm(y: Tensor, components: int) -> Tensor:
     """RMS over each molecule's rows, (R, M, C) → (B,), with gradient 0 instead of NaN at 0."""
     size = y.abs() if y.is_complex() else y
     mean = size.square().flatten(1).mean(dim=1).view(-1, components).mean(dim=1)
@@ -58,15 +58,15 @@ def _norm(y: Tensor, components: int) -> Tensor:
     return mean.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
 
 
-def _initial_step(method: _Method, function: Function, y: Tensor, k: Tensor) -> Tensor:
+def first_step(method: Method, function: Function, y: Tensor, k: Tensor) -> Tensor:
     """`control.initial_step` for every molecule: (B,) float64, differentiable."""
     scale = method.atol + y.abs() * method.rtol
-    d0, d1 = (_norm(v / scale, method.components) for v in (y, k))
+    d0, d1 = (molecule_norm(v / scale, method.components) for v in (y, k))
     is_small = (d0 < TINY_NORM) | (d1 < TINY_NORM)
     h0 = (0.01 * d0 / d1.masked_fill(is_small, 1.0)).masked_fill(is_small, TINY_STEP)
     rows = method.by_row(h0, y)
     f1 = function(rows, y + rows.view(-1, 1, 1) * k)
-    d2 = _norm((f1 - k) / scale, method.components) / h0
+    d2 = molecule_norm((f1 - k) / scale, method.components) / h0
     is_flat = (d1 <= 1e-15) & (d2 <= 1e-15)
     slope = torch.where(d2 > d1, d2, d1).masked_fill(is_flat, 1.0)
     steep = (0.01 / slope) ** (1.0 / method.tableau.order)
@@ -81,7 +81,7 @@ def _combine(stages: Sequence[Tensor], row: Row) -> Tensor:
 
 
 def _attempt(
-    method: _Method, function: Function, y: Tensor, k: Tensor, time: Tensor, step: Tensor
+    method: Method, function: Function, y: Tensor, k: Tensor, time: Tensor, step: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """End (R, M, C) and stages of a step; time and step (B,) float64."""
     tableau = method.tableau
@@ -100,7 +100,7 @@ def _attempt(
 
 
 def _read(
-    method: _Method, y: Tensor, stages: list[Tensor], time: Tensor, step: Tensor, times: Tensor,
+    method: Method, y: Tensor, stages: list[Tensor], time: Tensor, step: Tensor, times: Tensor,
     inside: Tensor,
 ) -> Tensor:  # fmt: skip
     """Values (B, T, X) at the times inside an attempt, 0 at all others."""
@@ -134,7 +134,7 @@ class _Record:
 
 
 def _integrate(
-    method: _Method, function: Function, y: Tensor, times: Tensor, stats: SolveStats
+    method: Method, function: Function, y: Tensor, times: Tensor, stats: SolveStats
 ) -> tuple[Tensor, list[_Record]]:
     """y (R, M, C), times (B, T) float64 → values (B, T, X) real, and the attempts."""
     components = method.components
@@ -145,9 +145,9 @@ def _integrate(
         stats.evaluations += 1
         return function(s, y)
 
-    _check(method, y, time, time, torch.ones_like(last, dtype=torch.bool))
+    check_molecules(method, y, time, time, torch.ones_like(last, dtype=torch.bool))
     k = evaluate(method.by_row(time, y), y)
-    step = _initial_step(method, evaluate, y, k)
+    step = first_step(method, evaluate, y, k)
     values = flat(y.unsqueeze(0)).new_zeros(*times.shape, flat(y.unsqueeze(0)).numel() // len(last))
     records = []
     active = time < last
@@ -155,13 +155,13 @@ def _integrate(
         # A molecule that has arrived goes on with the size of its last step, unread.
         underflows = active & ~(time + step > time)
         if underflows.any():
-            _refuse_step(method, time, step, underflows)
+            refuse_step(method, time, step, underflows)
         y1, stages = _attempt(method, evaluate, y, k, time, step)
         size = method.by_row(step, y).view(-1, 1, 1)
         tolerance = torch.maximum(y.abs(), y1.abs()) * method.rtol + method.atol
         error = size * _combine(stages, method.tableau.error) / tolerance
-        ratio = _norm(error, components).double()
-        _check(method, y1, time, step, active & ~(ratio < math.inf))
+        ratio = molecule_norm(error, components).double()
+        check_molecules(method, y1, time, step, active & ~(ratio < math.inf))
         accepted = active & (ratio <= 1)
         record = _Record(y, k, time, step, accepted)
         records.append(record)
@@ -172,17 +172,17 @@ def _integrate(
         stats.rejected += int((active & ~accepted).sum())
         time = torch.where(accepted, time + step, time)
         active = time < last
-        step = torch.where(active, step * _growth(ratio, method.tableau.order), step)
+        step = torch.where(active, step * growth_after(ratio, method.tableau.order), step)
     return values, records
 
 
-def _growth(ratio: Tensor, order: int) -> Tensor:
+def growth_after(ratio: Tensor, order: int) -> Tensor:
     """`control.next_step` over the step it follows, for every molecule."""
     floor = torch.where(ratio < 1, 1.0, MIN_GROWTH).to(ratio.dtype)
     return torch.maximum(SAFETY / ratio ** (1 / order), floor).clamp(max=MAX_GROWTH)
 
 
-def _check(method: _Method, y: Tensor, time: Tensor, step: Tensor, of: Tensor) -> None:
+def check_molecules(method: Method, y: Tensor, time: Tensor, step: Tensor, of: Tensor) -> None:
     """Raise SolverError if the state of a molecule in the mask `of` (B,) is not finite."""
     finite = torch.isfinite(y).flatten(1).all(dim=1).view(-1, method.components).all(dim=1)
     bad = of & ~finite
@@ -199,7 +199,8 @@ def _check(method: _Method, y: Tensor, time: Tensor, step: Tensor, of: Tensor) -
         )
 
 
-def _refuse_step(method: _Method, time: Tensor, step: Tensor, bad: Tensor) -> None:
+def refuse_step(method: Method, time: Tensor, step: Tensor, bad: Tensor) -> None:
+    """Raise SolverError for the steps of the molecules in the mask `bad` (B,)."""
     rows = bad.nonzero().flatten().tolist()
     when, size = time[rows[0]].item(), step[rows[0]].item()
     raise SolverError(
@@ -217,7 +218,7 @@ class _PerMoleculeSolve(torch.autograd.Function):
     def forward(
         ctx: Any,
         rhs: RightHandSide,
-        method: _Method,
+        method: Method,
         stats: SolveStats,
         times: Tensor,
         y0: Tensor,
@@ -244,7 +245,7 @@ class _Adjoint:
     """The backward pass: one attempt at a time, last to first."""
 
     def __init__(
-        self, rhs: RightHandSide, method: _Method, times: Tensor, parameters: Sequence[Tensor]
+        self, rhs: RightHandSide, method: Method, times: Tensor, parameters: Sequence[Tensor]
     ) -> None:
         self.method, self.times = method, times
         self.parameters = [p.detach().requires_grad_() for p in parameters]
@@ -295,7 +296,7 @@ class _Adjoint:
         y = first.y.detach().requires_grad_()
         with torch.enable_grad():
             k = self.function(method.by_row(torch.zeros_like(grad_h), y), y)
-            h = _initial_step(method, self.function, y, k)
+            h = first_step(method, self.function, y, k)
         (more_y,) = self._pull([k, h], [y], [grad_k, grad_h])
         return grad_y + more_y
 
@@ -345,7 +346,7 @@ def solve_per_molecule(
     rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels)
     values: Tensor = _PerMoleculeSolve.apply(  # type: ignore[no-untyped-call]
         rhs,
-        _Method(tableau, rtol, atol, components),
+        Method(tableau, rtol, atol, components),
         SolveStats() if stats is None else stats,
         times,
         rows,

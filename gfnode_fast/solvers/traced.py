@@ -9,6 +9,7 @@ backward loop pulls back one accepted step at a time from its start.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -45,10 +46,22 @@ def record_loop(
     return out
 
 
+def canonical(tensor: Tensor) -> Tensor:
+    """A contiguous copy with the strides of its shape, unit dimensions included, in memory of its
+    own: the compiler guards strides, and its loops take no two inputs that share memory.
+    """
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def combine(stages: list[Tensor], row: Row, step: Tensor) -> Tensor:
     """step * Σ_j row[j] k_j, one fused loop over the state once compiled."""
     terms = [weight * k for weight, k in zip(row, stages, strict=False) if weight]
     return step * sum(terms[1:], terms[0])
+
+
+def by_row(step: Tensor) -> Tensor:
+    """A step, or one per row, that multiplies a state."""
+    return step if step.dim() == 0 else step[:, None, None]
 
 
 def is_first_same_as_last(tableau: Tableau) -> bool:
@@ -65,11 +78,15 @@ def runge_kutta(
     k: Tensor,
     parameters: tuple[Tensor, ...],
 ) -> tuple[Tensor, list[Tensor]]:
-    """One step from y (R, M, C) with slope k: its end and all its stages; t and dt are float64."""
+    """One step from y (R, M, C) with slope k: its end and all its stages.
+
+    t and dt are float64, 0-dim or (R,) with a step per row.
+    """
     start, step = t.to(y.dtype), dt.to(y.dtype)
     stages, point = [k], y
+    size = by_row(step)
     for alpha, row in zip(tableau.alpha, tableau.beta, strict=True):
-        point = y + combine(stages, row, step)
+        point = y + combine(stages, row, size)
         when = start + alpha * step
         if alpha == 1.0 and tableau.is_adaptive:  # just before the end, as published
             end = (t + dt).to(y.dtype)
@@ -77,7 +94,7 @@ def runge_kutta(
         stages.append(function(when, point, *parameters))
     if is_first_same_as_last(tableau):
         return point, stages
-    return y + combine(stages, tableau.solution, step), stages
+    return y + combine(stages, tableau.solution, size), stages
 
 
 def _rms(y: Tensor) -> Tensor:
@@ -87,11 +104,89 @@ def _rms(y: Tensor) -> Tensor:
     return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, mean).sqrt())
 
 
-class TracedSolve:
-    """An adaptive solve with `tableau` at tolerances rtol, atol.
+class TracedSteps(ABC):
+    """A solve by steps that know their start, (y, k), time and size.
 
     `forward` and `backward` are what is compiled; both take the parameters last.
     """
+
+    tableau: Tableau
+
+    @abstractmethod
+    def evaluations(self, steps: int) -> int:
+        """How often `steps` attempts evaluate the right-hand side, the start included."""
+
+    @abstractmethod
+    def begin(self, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """First slope and first step size (float64)."""
+
+    @abstractmethod
+    def piece(
+        self, times: Tensor, y: Tensor, k: Tensor, t: Tensor, dt: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """End and slope of an accepted step, and the values (B, T, X) at the times inside, 0 at all
+        others.
+        """
+
+    def backward(
+        self,
+        grad_values: Tensor,
+        times: Tensor,
+        t: Tensor,
+        dt: Tensor,
+        y: Tensor,
+        k: Tensor,
+        first_accepted: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of y0 (R, M, C) and of the parameters.
+
+        Args:
+            grad_values: (B, T, D*M*C).
+            t, dt, y, k: as returned by `forward`, accepted attempts only.
+            first_accepted: 0-dim float64, 1 if the first attempt was accepted, else 0: then the
+                first step size carries gradient, to the size of the first step and to the start of
+                each later one.
+        """
+
+        def piece(
+            y: Tensor, k: Tensor, t: Tensor, dt: Tensor, *parameters: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            return self.piece(times, y, k, t, dt, *parameters)
+
+        def proceed(left: Tensor, *rest: Tensor) -> Tensor:
+            return left > 0
+
+        def body(
+            left: Tensor, grad_y: Tensor, grad_k: Tensor, grad_h: Tensor, *grads: Tensor
+        ) -> tuple[Tensor, ...]:
+            index = left - 1
+            at = index.reshape(1)
+            start = (a.index_select(0, at)[0] for a in (y, k, t, dt))
+            pull_back: PullBack = torch.func.vjp(piece, *start, *parameters)[1]
+            more_y, more_k, grad_t, grad_dt, *more = pull_back((grad_y, grad_k, grad_values))
+            grad_h = grad_h + first_accepted * torch.where(index == 0, grad_dt, grad_t)
+            return (
+                index,
+                more_y.contiguous(),
+                more_k.contiguous(),
+                grad_h,
+                *(a + b for a, b in zip(grads, more, strict=True)),
+            )
+
+        left = torch.zeros((), dtype=torch.int64, device=y.device) + (t.shape[0] - 1)
+        zero = torch.zeros_like(y[0])
+        grads = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]
+        _, grad_y, grad_k, grad_h, *grads = loop(
+            proceed, body, (left, zero, zero.clone(), torch.zeros_like(dt[0]), *grads)
+        )
+        pull_back: PullBack = torch.func.vjp(self.begin, y[0], *parameters)[1]
+        more_y, *more = pull_back((grad_k, grad_h))
+        return grad_y + more_y, *(a + b for a, b in zip(grads, more, strict=True))
+
+
+class TracedSolve(TracedSteps):
+    """An adaptive solve with `tableau` at tolerances rtol, atol."""
 
     def __init__(self, function: Function, tableau: Tableau, rtol: float, atol: float) -> None:
         self.function = function
@@ -100,8 +195,11 @@ class TracedSolve:
         self.atol = atol
         self.dense_rows = [tuple(row) for row in tableau.dense.tolist()]
 
+    def evaluations(self, steps: int) -> int:
+        return 2 + steps * (self.tableau.num_stages - 1)
+
     def begin(self, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """First slope and first step size (float64), `control.initial_step` without branches."""
+        """`control.initial_step` without branches."""
         k = self.function(y.new_zeros(()), y, *parameters)
         scale = self.atol + y.abs() * self.rtol
         d0, d1 = _rms(y / scale), _rms(k / scale)
@@ -190,6 +288,18 @@ class TracedSolve:
         report = torch.cat((accepted, (ends[-1:] >= last))).double()
         return values, t, dt, y_all, k_all, report
 
+    def piece(
+        self,
+        times: Tensor,
+        y: Tensor,
+        k: Tensor,
+        t: Tensor,
+        dt: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y1, stages = runge_kutta(self.function, self.tableau, t, dt, y, k, parameters)
+        return y1, stages[-1], self._read(times, t, dt, y, k, stages)
+
     def _read(
         self, times: Tensor, t: Tensor, dt: Tensor, y: Tensor, k: Tensor, stages: list[Tensor]
     ) -> Tensor:
@@ -202,60 +312,3 @@ class TracedSolve:
         value = y + x * (dt.to(y.dtype) * k + x * (c2 + x * (c3 + x * c4)))
         read: Tensor = value * inside[..., None].to(y.dtype)
         return read
-
-    def backward(
-        self,
-        grad_values: Tensor,
-        times: Tensor,
-        t: Tensor,
-        dt: Tensor,
-        y: Tensor,
-        k: Tensor,
-        first_accepted: Tensor,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Gradients of y0 (R, M, C) and of the parameters.
-
-        Args:
-            grad_values: (B, T, D*M*C).
-            t, dt, y, k: as returned by `forward`, accepted attempts only.
-            first_accepted: 0-dim float64, 1 if the first attempt was accepted, else 0: then the
-                first step size carries gradient, to the size of the first step and to the start of
-                each later one.
-        """
-
-        def piece(
-            y: Tensor, k: Tensor, t: Tensor, dt: Tensor, *parameters: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            y1, stages = runge_kutta(self.function, self.tableau, t, dt, y, k, parameters)
-            return y1, stages[-1], self._read(times, t, dt, y, k, stages)
-
-        def proceed(left: Tensor, *rest: Tensor) -> Tensor:
-            return left > 0
-
-        def body(
-            left: Tensor, grad_y: Tensor, grad_k: Tensor, grad_h: Tensor, *grads: Tensor
-        ) -> tuple[Tensor, ...]:
-            index = left - 1
-            at = index.reshape(1)
-            start = (a.index_select(0, at)[0] for a in (y, k, t, dt))
-            pull_back: PullBack = torch.func.vjp(piece, *start, *parameters)[1]
-            more_y, more_k, grad_t, grad_dt, *more = pull_back((grad_y, grad_k, grad_values))
-            grad_h = grad_h + first_accepted * torch.where(index == 0, grad_dt, grad_t)
-            return (
-                index,
-                more_y.contiguous(),
-                more_k.contiguous(),
-                grad_h,
-                *(a + b for a, b in zip(grads, more, strict=True)),
-            )
-
-        left = torch.zeros((), dtype=torch.int64, device=y.device) + (t.shape[0] - 1)
-        zero = torch.zeros_like(y[0])
-        grads = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]
-        _, grad_y, grad_k, grad_h, *grads = loop(
-            proceed, body, (left, zero, zero.clone(), torch.zeros_like(dt[0]), *grads)
-        )
-        pull_back: PullBack = torch.func.vjp(self.begin, y[0], *parameters)[1]
-        more_y, *more = pull_back((grad_k, grad_h))
-        return grad_y + more_y, *(a + b for a, b in zip(grads, more, strict=True))

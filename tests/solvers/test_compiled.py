@@ -1,4 +1,4 @@
-"""backend="compiled": the eager solve's steps, values and gradients from two full graphs.
+"""backend="compiled": the eager solves' steps, values and gradients from two full graphs.
 
 Compiling to C++ takes a minute, so the arithmetic is tested with plain loops (`plain`), the graphs
 as traced (`traced`), and the generated code by few tests, most of them slow.
@@ -22,6 +22,7 @@ from gfnode_fast.ops.propagate import propagate
 from gfnode_fast.reference.propagator import Propagator
 from gfnode_fast.solvers import compiled
 from gfnode_fast.solvers.errors import SolverError
+from gfnode_fast.solvers.mode import SolverMode, fixed
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import ADAPTIVE, FIXED_GRID
 from golden_files import relative_error
@@ -37,16 +38,19 @@ SHAPES += [(2 + i % 7, 1 + i % 4) for i in range(20 - len(SHAPES))]
 in_graphs = functools.partial(propagate, backend="compiled")
 
 
-def assert_eager(model: Propagator, given: Any) -> None:
+def assert_eager(model: Propagator, given: Any, mode: SolverMode = "joint") -> None:
     stats, expected_stats = SolveStats(), SolveStats()
-    expected = outputs_and_gradients(
-        functools.partial(propagate, stats=expected_stats), model, *given
-    )
-    actual = outputs_and_gradients(functools.partial(in_graphs, stats=stats), model, *given)
+    eager = functools.partial(propagate, stats=expected_stats, solver_mode=mode)
+    graphs = functools.partial(in_graphs, stats=stats, solver_mode=mode)
+    expected = outputs_and_gradients(eager, model, *given)
+    actual = outputs_and_gradients(graphs, model, *given)
     floor = 1e-3 * max(v.norm().item() for k, v in expected.items() if k.startswith("grad"))
     for name, value in expected.items():
         assert relative_error(actual[name], value, 0 if name == "output" else floor) < BOUND, name
-    assert stats == expected_stats
+    if mode == "exact":  # whose graphs take steps of one degree, whatever the norm
+        assert stats.evaluations % stats.accepted == 0
+    else:
+        assert stats == expected_stats
 
 
 @pytest.fixture(autouse=True)
@@ -86,15 +90,59 @@ def test_every_solver(solver: str) -> None:
     assert_eager(propagator(solver=solver, time_mode="mlp"), signals(components=3))
 
 
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("solver", list(ADAPTIVE))
+@pytest.mark.parametrize("interaction", ["no_interaction", "attention"])
+def test_own_steps(solver: str, interaction: str) -> None:
+    model = propagator(solver=solver, mode_interaction=interaction, time_mode="mlp", scale=5.0)
+    assert_eager(model, signals(components=3), "per_molecule")
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("solver", list(FIXED_GRID))
+@pytest.mark.parametrize("size", [0.07, 0.25, 1.0])
+def test_uniform_steps(solver: str, size: float) -> None:
+    """A size that divides times among them."""
+    signal, times, eigvecs = signals(components=3)
+    times[0] = 0.5
+    given = (signal, times, eigvecs)
+    assert_eager(propagator(solver=solver, time_mode="mlp"), given, fixed(size))
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("time_mode", ["none", "concat"])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 40.0])
+def test_exact(time_mode: str, scale: float) -> None:
+    signal, times, eigvecs = signals(components=3)
+    given = (signal, times * (0.1 if scale > 1 else 2.0), eigvecs)
+    assert_eager(propagator(time_mode=time_mode, scale=scale), given, "exact")
+
+
+@pytest.mark.usefixtures("plain")
+def test_exact_has_no_other_forcing() -> None:
+    with pytest.raises(ValueError, match="`time_mode` must be 'none' or 'concat'"):
+        in_graphs(propagator(time_mode="mlp"), *signals(), solver_mode="exact")
+    with pytest.raises(SolverError, match="backend='torch'"):
+        in_graphs(propagator(scale=1e4), *signals(), solver_mode="exact")
+
+
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(
-    ("solver", "interaction"), [("adaptive_heun", "attention"), ("midpoint", "concat")]
+    ("mode", "solver", "interaction"),
+    [
+        ("joint", "adaptive_heun", "attention"),
+        ("joint", "midpoint", "concat"),
+        ("per_molecule", "adaptive_heun", "attention"),
+        (fixed(0.2), "midpoint", "attention"),
+        ("exact", "dopri5", "no_interaction"),
+    ],
+    ids=str,
 )
-def test_one_pair_of_graphs(solver: str, interaction: str) -> None:
+def test_one_pair_of_graphs(mode: SolverMode, solver: str, interaction: str) -> None:
     """For all batches and all models of a structure; another pair for a single molecule."""
     for batch, num_times in SHAPES:
         model = propagator(solver=solver, mode_interaction=interaction, seed=batch)
-        assert_eager(model, signals(batch=batch, num_times=num_times))
+        assert_eager(model, signals(batch=batch, num_times=num_times), mode)
     assert counters["stats"]["unique_graphs"] == 4
     assert not counters["graph_break"]
 
@@ -167,8 +215,15 @@ def test_failures_are_named() -> None:
         in_graphs(propagator(solver="bosh3", scale=1e200), *signals())
     with pytest.raises(SolverError, match="finite times"):
         in_graphs(model, *signals()[:1], torch.full_like(times, math.nan), eigvecs)
-    with pytest.raises(SolverError, match=r"in molecule\(s\) \[1\]"):
-        in_graphs(propagator(solver="midpoint"), signal, times, eigvecs)
+    for mode, solver in (("joint", "midpoint"), (fixed(0.2), "midpoint"), ("per_molecule", "bosh3"),
+                         ("exact", "dopri5")):  # fmt: skip
+        with pytest.raises(SolverError, match=r"in molecule\(s\) \[1\]"):
+            in_graphs(propagator(solver=solver), signal, times, eigvecs, solver_mode=mode)
+    with pytest.raises(SolverError, match=r"per_molecule: .* in molecule\(s\)"):
+        in_graphs(propagator(scale=1e200), *signals(), solver_mode="per_molecule")
+    for mode, solver in ((fixed(0.2), "midpoint"), ("per_molecule", "bosh3"), ("exact", "dopri5")):
+        with pytest.raises(ValueError, match="`times` must be positive and finite"):
+            in_graphs(propagator(solver=solver), *signals()[:1], -times, eigvecs, solver_mode=mode)
 
 
 @pytest.mark.usefixtures("plain")
@@ -199,16 +254,20 @@ def test_auto_does_not_compile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("interaction", "solver"),
+    ("mode", "interaction", "solver", "time_mode"),
     [
-        ("no_interaction", "euler"),
-        pytest.param("attention", "adaptive_heun", marks=pytest.mark.slow),
-        pytest.param("concat", "midpoint", marks=pytest.mark.slow),
+        ("joint", "no_interaction", "euler", "mlp"),
+        pytest.param("joint", "attention", "adaptive_heun", "mlp", marks=pytest.mark.slow),
+        pytest.param("joint", "concat", "midpoint", "mlp", marks=pytest.mark.slow),
+        pytest.param("per_molecule", "attention", "adaptive_heun", "mlp", marks=pytest.mark.slow),
+        pytest.param(fixed(0.2), "attention", "midpoint", "mlp", marks=pytest.mark.slow),
+        pytest.param("exact", "no_interaction", "dopri5", "concat", marks=pytest.mark.slow),
     ],
+    ids=str,
 )
-def test_generated_code(interaction: str, solver: str) -> None:
-    model = propagator(mode_interaction=interaction, time_mode="mlp", solver=solver)
+def test_generated_code(mode: SolverMode, interaction: str, solver: str, time_mode: str) -> None:
+    model = propagator(mode_interaction=interaction, time_mode=time_mode, solver=solver)
     for batch, num_times in [shape for shape in SHAPES if shape[0] > 1]:
-        assert_eager(model, signals(batch=batch, num_times=num_times))
+        assert_eager(model, signals(batch=batch, num_times=num_times), mode)
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]

@@ -377,7 +377,7 @@ PER_MOLECULE: dict[str, Any] = {"solver_mode": "per_molecule"}
         (EXACT | {"mode_interaction": "concat"}, ValueError, "where modes interact, got 'exact'; "),
         (EXACT | {"no_ode": True}, ValueError, "must be 'joint' with no_ode=True, got 'exact'; "),
         (EXACT | {"backend": "reference"}, ValueError, "with backend='reference', got 'exact'; "),
-        (EXACT | {"backend": "compiled"}, ValueError, "with backend='compiled', got 'exact'; "),
+        (EXACT | {"backend": "compiled", "time_mode": "mlp"}, ValueError, "`time_mode` must be"),
         (PER_MOLECULE | {"solver": "rk4"}, ValueError, "`solver` must be one of .'dopri5', .*; "),
         (PER_MOLECULE | {"solver": "explicit_adams"}, ValueError, "choose an adaptive method"),
         ({"solver_mode": fixed(0.1)}, ValueError, "one of .'euler', .* got 'dopri5'; "),
