@@ -20,9 +20,10 @@ in sums), backward 2.3 kB in and 256 B out for 41 recomputing, 41 pulling back a
 That is 18 and 48 flops a byte: products go to the tensor cores, three tf32 ones for one of fp32.
 
 Status, per row and mode: 1 where a value is not finite, 2 where a time is not positive or needs
-more than MAX_STEPS steps, whose values are NaN. An arrived row is set to zero, so that later steps, taken for its tile
-mates, cannot overflow. Limits: fp32 and fp64, C <= 64; beyond MAX_STARTS steps backward walks again
-from the last start kept. Addresses are 64-bit. Tuned on: none yet; not yet run on hardware.
+more than MAX_STEPS steps, whose values are NaN. An arrived row is set to zero, so that later steps,
+taken for its tile mates, cannot overflow. Limits: fp32 and fp64, C <= 64; beyond MAX_STARTS steps
+backward walks again from the last start kept. Addresses are 64-bit. Tuned on: none yet; not yet run
+on hardware.
 """
 
 import triton
