@@ -15,6 +15,13 @@
 
 #include "../cpu/eigh.h"
 
+#ifdef GFNODE_WITH_CUDA
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../cuda/eigh.h"
+#endif
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -134,6 +141,42 @@ std::tuple<Tensor, Tensor> eigh_batched(Tensor A, std::optional<Tensor> sizes) {
   return {problem.values, problem.vectors};
 }
 
+#ifdef GFNODE_WITH_CUDA
+// torch's current stream; looked up at run time, because a CPU build of torch has no such function.
+void *current_stream(int32_t device) {
+  using Get = int32_t (*)(int32_t, void **);
+  static const Get get =
+      reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  STD_TORCH_CHECK(get, "eigh_batched: needs a CUDA build of torch for tensors on a GPU");
+  void *stream = nullptr;
+  STD_TORCH_CHECK(get(device, &stream) == 0, "eigh_batched: torch has no stream on GPU ", device);
+  return stream;
+}
+
+std::tuple<Tensor, Tensor> eigh_batched_cuda(Tensor A, std::optional<Tensor> sizes) {
+  const int32_t device = A.get_device_index();
+  STD_TORCH_CHECK(!sizes || (sizes->is_cuda() && sizes->get_device_index() == device),
+                  "eigh_batched: `sizes` must be on the device of `A`, GPU ", device);
+  STD_TORCH_CHECK(A.dim() < 2 || A.size(-1) <= kCudaEighRows, "eigh_batched: `A` must have at most ",
+                  kCudaEighRows, " rows on a GPU, got ", A.size(-1));
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Problem problem = prepare(A, sizes);
+  void *stream = current_stream(device);
+  const void *matrices = problem.matrices.const_data_ptr();
+  void *values = problem.values.mutable_data_ptr(), *vectors = problem.vectors.mutable_data_ptr();
+  const int code =
+      A.scalar_type() == ScalarType::Float
+          ? gfnode_cuda_eigh_float(static_cast<const float *>(matrices), static_cast<float *>(values),
+                                   static_cast<float *>(vectors), problem.sizes, problem.count,
+                                   problem.rows, stream)
+          : gfnode_cuda_eigh_double(static_cast<const double *>(matrices),
+                                    static_cast<double *>(values), static_cast<double *>(vectors),
+                                    problem.sizes, problem.count, problem.rows, stream);
+  STD_TORCH_CHECK(code == 0, "eigh_batched: the launch failed: ", gfnode_cuda_error(code));
+  return {problem.values, problem.vectors};
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gfnode_fast, m) {
@@ -141,3 +184,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gfnode_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gfnode_fast, CPU, m) { m.impl("eigh_batched", TORCH_BOX(&eigh_batched)); }
+
+#ifdef GFNODE_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(gfnode_fast, CUDA, m) {
+  m.impl("eigh_batched", TORCH_BOX(&eigh_batched_cuda));
+}
+#endif
