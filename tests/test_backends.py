@@ -188,6 +188,8 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"backend": "compiled", "fourier_basis": "linear"}, RuntimeError, "linear"),
         ({"backend": "triton", "mode_interaction": "concat"}, RuntimeError, "concat"),
         ({"backend": "triton", "no_ode": True}, RuntimeError, "no_ode"),
+        ({"backend": "triton", "activation": nn.ReLU()}, TypeError, "Triton graph layers"),
+        ({"precision": "tf32", "activation": nn.ReLU()}, TypeError, "Triton graph layers"),
         ({"recompute": 1}, TypeError, "`recompute`"),
     ],
 )
@@ -243,6 +245,23 @@ def test_precision_is_handed_to_the_layers(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RuntimeError, match="seen"):
         build(precision="bf16")(**inputs())
     assert asked == [("triton", "bf16")]
+
+
+def test_a_precision_of_its_own_overrides_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def layer(module: nn.Module, state: Any, edges: Any, edge_fea: Any, **options: Any) -> Any:
+        asked.append((options["backend"], options["precision"]))
+        assert not torch.is_autocast_enabled("cpu")
+        assert {part.dtype for part in (*state, edge_fea)} == {torch.float32}
+        return state
+
+    monkeypatch.setattr(fourier_md, "apply_layer", layer)
+    model = build(precision="bf16")
+    with torch.autocast("cpu", torch.bfloat16):
+        x = model(**inputs())[0]
+    assert x.dtype == torch.float32
+    assert set(asked) == {("triton", "bf16")}
 
 
 @pytest.mark.gpu

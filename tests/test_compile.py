@@ -25,6 +25,7 @@ CASES: list[dict[str, Any]] = [
     {"fourier_basis": "linear"},
     {"no_ode": True},
     {"backend": "reference"},
+    {"backend": "triton", "num_modes": 2, "propagate_x": False},
 ]
 FAST = (0, 2, 6)  # the others for `make test-slow`: each takes seconds to trace
 

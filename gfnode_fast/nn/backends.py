@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gfnode_fast.ops import graph_layers_triton
 from gfnode_fast.ops.compiled_solve import check_compilable
 from gfnode_fast.ops.dispatch import choose_automatically, choose_backend, why_no_triton
 from gfnode_fast.ops.graph_layers import PRECISIONS
@@ -144,6 +145,14 @@ def check_request(request: Request) -> None:
                 check_triton_solve(ode, request.solver_mode)
         argument = "backend" if backend == "triton" else "precision"
         got = repr(backend if backend == "triton" else precision)
+        if type(request.layer_activation) not in graph_layers_triton.ACTIVATIONS:
+            refuse(
+                TypeError,
+                "activation",
+                "nn.SiLU or nn.Tanh with the Triton graph layers",
+                type(request.layer_activation).__name__,
+                "use backend='torch' or 'auto' and precision='fp32'",
+            )
         if problem := _why_triton_nowhere():
             refuse(RuntimeError, argument, "one that is here", got, problem)
 
@@ -201,11 +210,21 @@ def _layers(request: Request, device: torch.device, dtype: torch.dtype, autocast
     if backend.backend == "torch":
         return backend
     if device.type == "cuda":
-        return Part(*choose_automatically(device))
+        unserved = _why_not_triton(request.layer_activation, dtype)
+        return Part(*choose_backend("FourierMD", "auto", device, unserved=unserved))
     problem = _why_not_cpp(request.layer_activation, device, dtype)
     if problem is None:
         return Part("cpp", "measured fastest on the CPU in float32 with SiLU or Tanh")
     return Part("torch", f"no C++ kernel: {problem}")
+
+
+def _why_not_triton(activation: nn.Module, dtype: torch.dtype) -> str | None:
+    """What of a model's layers the Triton kernels do not serve, or None."""
+    if type(activation) not in graph_layers_triton.ACTIVATIONS:
+        return f"no Triton kernel: the activation is {type(activation).__name__}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"no Triton kernel: the parameters are {dtype}"
+    return None
 
 
 def _why_not_cpp(activation: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
