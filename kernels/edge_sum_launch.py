@@ -26,7 +26,7 @@ def _options(tensor: Tensor, silu: bool, precision: str) -> dict[str, Any]:
 def launch_edge_sum_fwd(
     node: Tensor, edge: Tensor, neighbours: Sequence[Tensor], silu: bool, precision: str
 ) -> Tensor:
-    """Returns (T*n, H). neighbours: order, row_start, row, col, source_start, source_edge."""
+    """Returns (T*n, H). neighbours: the fields of `gfnode_fast.ops.topology.Neighbours`."""
     order, row_start, _, col, _, _ = neighbours
     rows, hidden, num_nodes = node.shape[0], edge.shape[1], order.shape[0]
     out = node.new_empty(rows, hidden)

@@ -7,8 +7,9 @@
 P, Q = W_a h, W_b h are taken per node and E = W_e e + b per edge of one copy (`row_products`).
 
 A program owns runs of nodes of one copy, in an order that puts similar numbers of edges beside
-each other, and takes one edge of each node at a time, so that sums over neighbours are its own, in
-the order of the edges. What lies between two products is in memory of its own (`feature_tiles`).
+each other (`ops.topology.Neighbours`), and takes one edge of each node at a time, so that sums over
+neighbours are its own, in the order of the edges. What lies between two products is in memory of
+its own (`feature_tiles`).
 
 backward 1, `node`: from the gradients of x', h' to those of the sums over neighbours, and of the
     hidden layers of node and velocity MLP. Node state and Σ m are kept from forward, nothing else.

@@ -42,11 +42,10 @@ def launch_egnn_layer_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns x', h', and for backward Σ m (T*n, K) and Σ r f (T*n, 3).
 
-    neighbours: order (n,), row_start (n + 1,), col (E,), and of the edges that leave each node
-    source_start (n + 1,) and source_edge (E,). weights: four each of the message, coordinate,
-    velocity and node MLP.
+    neighbours: the fields of `gfnode_fast.ops.topology.Neighbours`. weights: four each of the
+    message, coordinate, velocity and node MLP.
     """
-    order, row_start, col = neighbours[:3]
+    order, row_start, _, col, _, _ = neighbours
     message0, message0_bias, *rest = weights
     rows, width = h.shape
     hidden, num_nodes = message0.shape[0], order.shape[0]
@@ -85,7 +84,7 @@ def launch_egnn_layer_bwd(
     wants_edge_fea: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, v, h, edge_fea ((0,) unless wanted) and the 16 weights."""
-    order, row_start, col, source_start, source_edge = neighbours
+    order, row_start, _, col, source_start, source_edge = neighbours
     message0, message0_bias, message2, message2_bias, *rest = weights
     coordinate, velocity, node = rest[:4], rest[4:8], rest[8:]
     (rows, width), num_nodes, num_edges = h.shape, order.shape[0], col.shape[0]
@@ -178,24 +177,21 @@ def _products(
 
 
 def aot_cases() -> list[AotCase]:
-    """Encoder (64) and decoder (96) with the published 5 edge features."""
-    return [
-        case for width in (64, 96) for precision in MODES for case in _aot_cases(width, precision)
-    ]
-
-
-def _aot_cases(width: int, precision: str) -> list[AotCase]:
+    """Widths that 16 divides, as 64 and 96, and any; the published 5 edge features."""
     return [
         aot_case(
             kernel,
-            f"{name} K={width}",
+            name + (" any width" if not divisible else ""),
             precision,
             more,
-            divisible_by_16=("width", "hidden"),
+            divisible_by_16=divisible,
             allowed_spills_reason="8 bytes of stack on sm_80, none elsewhere, with the least tile"
             if name == "egnn_edge_bwd" and precision == "fp32"
             else None,
         )
+        for precision in MODES
+        for divisible in (("width", "hidden"), ())
+        if divisible or precision == "fp32"
         for kernel, name, more in (
             (_egnn_layer_fwd_kernel, "egnn_layer_fwd", {"NORM": False, "SILU": True}),
             (_egnn_node_bwd_kernel, "egnn_node_bwd", {"SILU": True}),

@@ -20,7 +20,7 @@ OUTER_BLOCK_R = 32  # 64 spills
 INTERPRETED_PROGRAMS = 2
 INDICES = ("order", "row_start", "row", "col", "source_start", "source_edge")
 MODES = {"fp32": "tf32x3", "tf32": "tf32", "bf16": "bf16", "fp64": "ieee"}
-SPILLS = {"fp64": "for checking only: no fp64 tensor products on sm_100"}
+SPILLS = {"fp64": "for checking only"}
 
 
 def mode(tensor: Tensor, precision: str) -> str:

@@ -19,10 +19,6 @@ from gfnode_fast.ops.topology import Topology
 ACTIVATIONS: dict[type[nn.Module], bool] = {nn.SiLU: True, nn.Tanh: False}
 """Whether it is SiLU."""
 
-WINDOW = (
-    512  # nodes ordered by their number of edges together: beside each other stays so in caches
-)
-
 
 def egnn(
     state: State,
@@ -36,8 +32,7 @@ def egnn(
     """An EGNN layer on state (T*n, ...), edge features sorted like the edges."""
     x, v, h = (part.contiguous() for part in state)
     flat = [weight.contiguous() for mlp in weights for weight in mlp]
-    neighbours = _neighbours(edges)
-    del neighbours[2]
+    neighbours = list(edges.neighbours)
     x, h, _, _ = torch.ops.gfnode_fast.triton_egnn_layer(
         x, v, h, edge_fea.contiguous(), neighbours, flat, norm, _is_silu(activation), precision
     )
@@ -60,7 +55,7 @@ class TritonKernels:
         total: Tensor = torch.ops.gfnode_fast.triton_edge_sum(
             node.flatten(0, 1).contiguous(),
             edge.contiguous(),
-            _neighbours(edges),
+            list(edges.neighbours),
             _is_silu(activation),
             self.precision,
         )
@@ -84,20 +79,6 @@ class TritonKernels:
 def _is_silu(activation: Activation) -> bool:
     assert isinstance(activation, nn.Module)
     return ACTIVATIONS[type(activation)]
-
-
-def _neighbours(edges: Topology) -> list[Tensor]:
-    """order (n,), row_start, row, col, and the edges that leave each node: start and number.
-
-    In `order`, nodes with as many edges stand beside each other, within windows of neighbouring
-    nodes: a tile takes as long as its node with the most edges.
-    """
-    nodes = torch.arange(edges.num_nodes + 1, device=edges.row.device)
-    degree = edges.row_start.diff()
-    order = torch.argsort(nodes[:-1] // WINDOW * (edges.num_edges + 1) + degree, stable=True)
-    source, leaving = torch.sort(edges.col, stable=True)
-    start = torch.searchsorted(source, nodes)
-    return [order, edges.row_start, edges.row, edges.col, start, leaving]
 
 
 @torch.library.custom_op(

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MAX_CACHED = 8  # training, validation and last-batch sizes of a run or two
+WINDOW = 512  # nodes put in order together, so that neighbours stay near each other in caches
+
+
+class Neighbours(NamedTuple):
+    """The edges of a `Topology` as kernels on a GPU walk them."""
+
+    order: Tensor
+    """(n,) nodes, those with as many edges beside each other within each window."""
+    row_start: Tensor
+    row: Tensor
+    col: Tensor
+    source_start: Tensor
+    """(n + 1,) first of the edges that leave a node, in `source_edge`."""
+    source_edge: Tensor
+    """(E,) sorted edges by the node that they leave."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +48,30 @@ class Topology:
     @property
     def num_edges(self) -> int:
         return self.row.shape[0]
+
+    @property
+    def neighbours(self) -> Neighbours:
+        """Built at first use and kept; on the device, without synchronisation."""
+        if torch.compiler.is_compiling():
+            return _build_neighbours(self)
+        if "_neighbours" not in self.__dict__:
+            self.__dict__["_neighbours"] = _build_neighbours(self)
+        found: Neighbours = self.__dict__["_neighbours"]
+        return found
+
+
+def _build_neighbours(edges: Topology) -> Neighbours:
+    nodes = torch.arange(edges.num_nodes + 1, device=edges.row.device)
+    key = nodes[:-1] // WINDOW * (edges.num_edges + 1) + edges.row_start.diff()
+    source, edge = torch.sort(edges.col, stable=True)
+    return Neighbours(
+        torch.argsort(key, stable=True),
+        edges.row_start,
+        edges.row,
+        edges.col,
+        torch.searchsorted(source, nodes),
+        edge,
+    )
 
 
 _cache: OrderedDict[tuple[int, int], tuple[Tensor, Tensor, Topology]] = OrderedDict()
