@@ -39,6 +39,10 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _is_pinned() -> bool:
+    return hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) != os.cpu_count()
+
+
 def describe(device: torch.device, command: list[str]) -> dict[str, Any]:
     """Commit, hardware, driver, versions, threads and load, for the head of a result file."""
     changed = _git("status", "--porcelain", "--untracked-files=no")
@@ -49,6 +53,7 @@ def describe(device: torch.device, command: list[str]) -> dict[str, Any]:
         "hardware": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "pinned": sorted(os.sched_getaffinity(0)) if _is_pinned() else None,
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},

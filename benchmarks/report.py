@@ -124,6 +124,8 @@ def heading(about: dict[str, Any], rows: Iterable[dict[str, Any]] = ()) -> str:
     where = f"{about['hardware']}"
     if about["device"] == "cpu":
         where += f", {about['threads']} thread(s) of {about['cores']} cores"
+        if about.get("pinned"):
+            where += f", pinned to core {', '.join(map(str, about['pinned']))}"
     rows = list(rows)
     others = {row["commit"] for row in rows if row.get("commit")} - {about["commit"]}
     if others:
