@@ -102,15 +102,16 @@ class TrainingStep:
         before = Snapshot(self._optimizer)
         self._static = StaticOptimizer(self._optimizer)
         side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
+        current = torch.cuda.current_stream(device)
+        side.wait_stream(current)
         try:
             with torch.cuda.stream(side):
                 for _ in range(warmup):
                     self._step(self._inputs, self._targets)
-            torch.cuda.current_stream(device).wait_stream(side)
             for stats in _fast(self._model).last_solve.values():
                 stats.wait()  # a solve that fails does so here, not unseen in the graph
         finally:
+            current.wait_stream(side)
             before.put_back()
             torch.cuda.set_rng_state(random_state, device)
         self._static.freeze()

@@ -60,7 +60,8 @@ class FourierMD(reference.FourierMD):
         precision: of the graph layers' matrix products: "fp32"; "tf32" and "bf16" need the Triton
             kernels, hence a GPU.
         recompute: keep only node states of the graph layers for backward and compute their edge
-            quantities again there: slower, with less memory. No effect with backend="reference".
+            quantities again there: slower, with less memory. No effect with backend="reference",
+            nor with "triton", which never keeps them.
         solver_mode: how steps are chosen (`gfnode_fast.solvers`). "joint", the published solver's
             steps for the whole batch; "per_molecule", adaptive steps of each molecule's own, so
             that an answer does not depend on batch mates; "exact", no solver at all, where modes do
