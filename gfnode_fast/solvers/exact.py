@@ -74,12 +74,13 @@ def largest_thetas(dtype: torch.dtype, affine: bool) -> tuple[tuple[int, float],
 
 def degree_and_substeps(norm: float, dtype: torch.dtype, *, affine: bool) -> tuple[int, int]:
     """The cheapest degree K and number n of steps per unit of time for a given ‖W‖."""
-    candidates = (
-        (degree * max(1, math.ceil(norm / theta)), degree, max(1, math.ceil(norm / theta)))
-        for degree, theta in largest_thetas(dtype, affine)
-    )
-    _, degree, substeps = min(candidates)
-    return degree, substeps
+    best = (math.inf, 0, 0)
+    for degree, theta in largest_thetas(dtype, affine):
+        substeps = max(1, math.ceil(norm / theta))
+        best = min(best, (degree * substeps, degree, substeps))
+        if substeps == 1:  # a higher degree costs more
+            break
+    return best[1:]
 
 
 @dataclass(frozen=True)

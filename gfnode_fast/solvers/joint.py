@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from gfnode_fast.solvers.control import initial_step
 from gfnode_fast.solvers.errors import check_times
 from gfnode_fast.solvers.joint_linear import is_linear_joint, solve_linear_joint
+from gfnode_fast.solvers.powers import by_molecule
 from gfnode_fast.solvers.published import integrate_published
 from gfnode_fast.solvers.rhs import LinearRHS, RightHandSide
 from gfnode_fast.solvers.stage import fill_stages, flat, inner, spread
@@ -81,11 +82,6 @@ def _dense_weight_slopes(
     return value * inside.unsqueeze(-1)
 
 
-def _by_molecule(buffer: Tensor, batch: int) -> Tensor:
-    """(n, R, M, C) → (B, n, X) real, a view: R is B times the components of a molecule."""
-    return flat(buffer).view(buffer.shape[0], batch, -1).transpose(0, 1)
-
-
 def _integrate(
     rhs: RightHandSide,
     y0: Tensor,
@@ -109,7 +105,7 @@ def _integrate(
         step = _Step(buffer[0].clone(), buffer[1].clone(), time, size)
         record.steps.append(step)
         weights, _, _ = _dense_weights(tableau, times, step, values.dtype)
-        values.baddbmm_(weights, _by_molecule(buffer, batch))
+        values.baddbmm_(weights, by_molecule(buffer, batch))
 
     earliest, last = torch.stack(times.aminmax()).tolist()
     check_times("joint", earliest, last)
@@ -195,12 +191,12 @@ def _adjoint(
         buffer[0], buffer[1] = step.y0, step.k0
         y1 = fill_stages(evaluate, buffer, tableau, step.time, step.size)
         weights, x, inside = _dense_weights(tableau, times, step, grad_values.dtype)
-        by_molecule = torch.bmm(weights.transpose(1, 2), grad_values)
-        flat(grad_buffer).view(len(grad_buffer), batch, -1).copy_(by_molecule.transpose(0, 1))
+        pulled = torch.bmm(weights.transpose(1, 2), grad_values)
+        by_molecule(grad_buffer, batch).copy_(pulled)
         is_first = index == 0
         if first_accepted:
             slopes = _dense_weight_slopes(tableau, x, inside, step.size, is_first=is_first)
-            products = torch.bmm(grad_values, _by_molecule(buffer[1:], batch).transpose(1, 2))
+            products = torch.bmm(grad_values, by_molecule(buffer[1:], batch).transpose(1, 2))
             grad_h += (products * slopes).sum()
         grad_buffer[-1] += grad_k
         spread(grad_buffer, 1.0, tableau.solution, step.size, grad_y)
