@@ -138,7 +138,7 @@ def _decide(
     return time, size, accepted, status, just_accepted, before_time, before_size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["attempt"])
 def _joint_decide_kernel(
     last_ptr, record_ptr, steps_ptr, partial_ptr, attempt, num_partials, num_entries, order
 ):

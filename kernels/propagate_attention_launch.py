@@ -22,7 +22,7 @@ from gfnode_fast.kernels.propagate_attention import (
 )
 from gfnode_fast.kernels.propagate_attention_bwd import _attention_bwd_kernel
 from gfnode_fast.kernels.propagate_joint_launch import JointSteps, empty_steps
-from gfnode_fast.kernels.registry import AotCase
+from gfnode_fast.kernels.registry import AotCase, of_ones
 
 BLOCK_R = 16
 MAX_BLOCK_T = 4
@@ -131,7 +131,7 @@ def launch_attention_bwd(
 
 def aot_cases() -> list[AotCase]:
     """Feature width 64, with and without a slope in time; coordinates (C = 2); fp64."""
-    return [
+    cases = [
         case
         for channels, dtype, has_slope in (
             (64, "fp32", False),
@@ -141,6 +141,17 @@ def aot_cases() -> list[AotCase]:
         )
         for case in _aot_cases(channels, dtype, has_slope)
     ]
+    sizes = (
+        "num_rows",
+        "num_modes",
+        "num_components",
+        "num_times",
+        "num_partials",
+        "num_entries",
+        "num_tiles",
+    )
+    narrow = [case for case in cases if "C=2" in case.name]
+    return [*cases, *of_ones(narrow, *sizes)]
 
 
 def _aot_cases(channels: int, dtype: str, has_slope: bool) -> list[AotCase]:

@@ -29,6 +29,7 @@ on hardware.
 import triton
 import triton.language as tl
 
+from gfnode_fast.kernels.integers import as_int64
 from gfnode_fast.kernels.linear_dynamics import _load_square, _next_power, _slope_share
 
 
@@ -148,8 +149,8 @@ def _propagate_exact_fwd_kernel(
     acc = tl.where(good_time[:, :, None], acc, float("nan"))
     t = first_time + tl.arange(0, BLOCK_T)
     molecule = row // num_components
-    batch = num_rows // num_components
-    to = (t[:, None] * batch.to(tl.int64) + molecule[None, :]) * num_modes + mode
+    batch = as_int64(num_rows) // num_components
+    to = (t[:, None] * batch + molecule[None, :]) * num_modes + mode
     to = (to * num_components + (row % num_components)[None, :]) * num_channels
     mask = mask_t[:, :, None] & mask_c[None, None, :]
     tl.store(out_ptr + to[:, :, None] + c[None, None, :], acc, mask=mask)

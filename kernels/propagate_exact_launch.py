@@ -20,7 +20,7 @@ from gfnode_fast.kernels.propagate_exact import (
     _propagate_exact_bwd_kernel,
     _propagate_exact_fwd_kernel,
 )
-from gfnode_fast.kernels.registry import AotCase
+from gfnode_fast.kernels.registry import AotCase, of_ones
 
 BLOCK_R = 16
 MAX_BLOCK_T = 8  # times of a forward tile, all held in registers
@@ -104,7 +104,7 @@ def _block_t(num_times: int) -> int:
 
 def aot_cases() -> list[AotCase]:
     """Feature width 64, with and without a forcing; coordinates (C = 2); fp64."""
-    return [
+    cases = [
         case
         for channels, dtype, has_bias in (
             (64, "fp32", False),
@@ -114,6 +114,9 @@ def aot_cases() -> list[AotCase]:
         )
         for case in _aot_cases(channels, dtype, has_bias)
     ]
+    sizes = ("num_rows", "num_modes", "num_components", "num_times")
+    narrow = [case for case in cases if "C=2" in case.name]
+    return [*cases, *of_ones(narrow, *sizes)]
 
 
 def _aot_cases(channels: int, dtype: str, has_bias: bool) -> list[AotCase]:

@@ -22,7 +22,7 @@ from gfnode_fast.kernels.propagate_joint_read import (
     _joint_read_bwd_kernel,
     _joint_read_fwd_kernel,
 )
-from gfnode_fast.kernels.registry import AotCase
+from gfnode_fast.kernels.registry import AotCase, of_ones
 
 BLOCK_R = 16
 MAX_BLOCK_T = 8  # times of a forward tile, all held in registers
@@ -174,7 +174,7 @@ def aot_cases() -> list[AotCase]:
         | dict.fromkeys(CONTROL.split(), "i32"),
         num_warps=NUM_WARPS,
     )
-    return [decide] + [
+    cases = [
         case
         for channels, dtype, has_slope in (
             (64, "fp32", False),
@@ -184,6 +184,9 @@ def aot_cases() -> list[AotCase]:
         )
         for case in _aot_cases(channels, dtype, has_slope)
     ]
+    sizes = ("num_rows", "num_modes", "num_components", "num_times", "num_partials", "num_entries")
+    narrow = [case for case in cases if "C=2" in case.name]
+    return [decide, *cases, *of_ones(narrow, *sizes)]
 
 
 def _aot_cases(channels: int, dtype: str, has_slope: bool) -> list[AotCase]:

@@ -16,7 +16,7 @@ import inspect
 import pkgutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -71,6 +71,26 @@ class AotCase:
                     f"AotCase: `{self.name}` must name each parameter of "
                     f"{unwrap(self.kernel).__name__} once, got {names} {what}; correct the case"
                 )
+
+
+def of_ones(cases: list[AotCase], *sizes: str) -> list[AotCase]:
+    """The cases with these integers 1 where they have them, which Triton makes constants: one
+    molecule, one component, one time.
+    """
+    found = []
+    for case in cases:
+        ones = {name: 1 for name in sizes if name in case.signature}
+        signature = {name: kind for name, kind in case.signature.items() if name not in ones}
+        found.append(
+            replace(
+                case,
+                name=f"{case.name} of ones",
+                signature=signature,
+                constexprs={**case.constexprs, **ones},
+                divisible_by_16=tuple(n for n in case.divisible_by_16 if n not in ones),
+            )
+        )
+    return found
 
 
 def unwrap(kernel: Any) -> Callable[..., Any]:
