@@ -55,7 +55,8 @@ class Topology:
         if torch.compiler.is_compiling():
             return _build_neighbours(self)
         if "_neighbours" not in self.__dict__:
-            self.__dict__["_neighbours"] = _build_neighbours(self)
+            with torch.inference_mode(False):
+                self.__dict__["_neighbours"] = _build_neighbours(self)
         found: Neighbours = self.__dict__["_neighbours"]
         return found
 
@@ -106,7 +107,8 @@ def topology(row: Tensor, col: Tensor, num_nodes: int) -> Topology:
         return found[2]
     _check_range("row", row, num_nodes)
     _check_range("col", col, num_nodes)
-    built = _build(row, col, num_nodes)
+    with torch.inference_mode(False):  # kept, and then used in training
+        built = _build(row, col, num_nodes)
     _cache[key] = (row.clone(), col.clone(), built)
     if len(_cache) > MAX_CACHED:
         _cache.popitem(last=False)

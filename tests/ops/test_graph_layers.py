@@ -384,6 +384,16 @@ def test_topology_is_sorted_stably_and_cached_by_content() -> None:
     assert len(_cache) == MAX_CACHED
 
 
+def test_a_topology_built_for_inference_serves_training() -> None:
+    ends = torch.tensor([4, 1, 0]), torch.tensor([1, 0, 4])
+    with torch.inference_mode():
+        topology(*ends, 5).neighbours  # noqa: B018 - it is kept
+    built = topology(*ends, 5)
+    weight = torch.zeros(5, 1, requires_grad=True)
+    for index in (built.row, built.col, built.neighbours.order):
+        weight.index_select(0, index).sum().backward()
+
+
 def weights_of(width: int, hidden: int = 8) -> EGNNWeights:
     def mlp(fan_in: int, fan_out: int) -> MLPWeights:
         return MLPWeights(
