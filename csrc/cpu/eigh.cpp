@@ -23,6 +23,9 @@ namespace {
 
 namespace baseline {  // 128-bit vectors: every x86-64 and arm64
 #define GFNODE_LANES 4
+#include "eigh_vectors.inc"
+#include "eigh_tridiagonal.inc"
+#include "eigh_ql.inc"
 #include "eigh.inc"
 #undef GFNODE_LANES
 }  // namespace baseline
@@ -32,6 +35,9 @@ namespace baseline {  // 128-bit vectors: every x86-64 and arm64
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 #define GFNODE_LANES 8
+#include "eigh_vectors.inc"
+#include "eigh_tridiagonal.inc"
+#include "eigh_ql.inc"
 #include "eigh.inc"
 #undef GFNODE_LANES
 }  // namespace avx2
@@ -41,6 +47,9 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
 #define GFNODE_LANES 16
+#include "eigh_vectors.inc"
+#include "eigh_tridiagonal.inc"
+#include "eigh_ql.inc"
 #include "eigh.inc"
 #undef GFNODE_LANES
 }  // namespace avx512

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,16 +143,38 @@ def test_a_broken_matrix_is_nan_and_leaves_the_others(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_instruction_sets_and_threads(dtype: torch.dtype) -> None:
+def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     A = random(13, batch=(200,)).to(dtype)
-    expected = eigh_batched(A)
+    sizes = torch.arange(200) % 14
+    expected = eigh_batched(A, sizes)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for got, want in zip(eigh_batched(A), expected, strict=True):
+        for got, want in zip(eigh_batched(A, sizes), expected, strict=True):
             assert torch.equal(got, want)
     finally:
         torch.set_num_threads(threads)
+
+
+NARROW = """
+import torch
+from gfnode_fast.ops.eigh import eigh_batched
+from symmetric_matrices import DTYPES, KINDS, NORMS, check, matrix
+for dtype in DTYPES:
+    for kind in [*KINDS, *NORMS]:
+        for n in (1, 2, 3, 4, 13, 34):
+            A = matrix(kind, n, dtype).expand(9, n, n)
+            w, V = eigh_batched(A, backend="cpp")
+            check(A, w, V)
+            assert torch.equal(V[0], V[8])
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_narrower_instruction_sets(capability: str) -> None:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", NARROW], env=environment, check=True)
 
 
 # Gradients. Functions that a choice of basis inside an eigenspace does not change.
