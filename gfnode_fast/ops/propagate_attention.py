@@ -27,7 +27,7 @@ from gfnode_fast.ops.linear_dynamics import check_dynamics, check_state_shape, c
 from gfnode_fast.ops.mode_rhs_registered import attention_gradients, mode_attention
 from gfnode_fast.ops.propagate_joint import choose_solve, fake_solve, joint_on_torch
 from gfnode_fast.solvers.rhs import GeneralRHS
-from gfnode_fast.solvers.tableau import ADAPTIVE
+from gfnode_fast.solvers.tableau import ADAPTIVE, kept
 
 LARGEST_M = 16
 
@@ -203,6 +203,7 @@ def attention_on_triton(
 
 
 @lru_cache(maxsize=16)
+@kept()
 def _constants(
     solver: str, rtol: float, atol: float, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:

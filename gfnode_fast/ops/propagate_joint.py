@@ -24,7 +24,7 @@ from gfnode_fast.ops.linear_dynamics import check_linear, check_triton, linear_r
 from gfnode_fast.ops.mode_rhs_registered import unserved_by_triton
 from gfnode_fast.solvers.joint import solve_joint
 from gfnode_fast.solvers.rhs import RightHandSide
-from gfnode_fast.solvers.tableau import ADAPTIVE, Tableau
+from gfnode_fast.solvers.tableau import ADAPTIVE, Tableau, kept
 
 FSAL = tuple(name for name, tableau in ADAPTIVE.items() if tableau.ends_on_last_stage)
 
@@ -180,6 +180,7 @@ def polynomial_table(tableau: Tableau) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@kept()
 def _constants(
     solver: str, rtol: float, atol: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ from gfnode_fast.solvers.forced import forced_response
 from gfnode_fast.solvers.rhs import LinearRHS, RightHandSide
 from gfnode_fast.solvers.stage import flat
 from gfnode_fast.solvers.stats import SolveStats
+from gfnode_fast.solvers.tableau import kept
 
 MAX_DEGREE = 30
 MAX_THETA = {torch.float32: 2.0, torch.float64: 4.0}  # e^θ times rounding stays within the bound
@@ -144,6 +145,7 @@ def make_plan(
 
 
 @lru_cache(maxsize=64)
+@kept()
 def _taylor_rows(degree: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """e_0 and (0, 1, 1/2, ... 1/K), whose running product with x is x^k/k!."""
     first = torch.zeros(degree + 1, dtype=torch.float64)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.solvers.rhs import LinearRHS
+from gfnode_fast.solvers.tableau import kept
 
 NODES = 8
 MAX_PANELS = 2**14
@@ -31,6 +32,7 @@ Force = Callable[[Tensor], Tensor]
 
 
 @lru_cache(maxsize=4)
+@kept()
 def _interpolation(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Chebyshev nodes x (Q,) in (0, 1); Q values → coefficients (Q, Q); → values at the nodes of
     both halves (2 Q, Q).

@@ -6,6 +6,8 @@ y0 + dt Σ_j beta[i-1][j] k_j; the step ends at y1 = y0 + dt Σ_j solution[j] k_
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -13,6 +15,15 @@ import torch
 from torch import Tensor
 
 Row = tuple[float, ...]
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Make tensors that outlive the call, also as a decorator: ordinary ones, made on the CPU,
+    whatever inference mode or default device the first caller happens to be in.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Tableau:
         return self.solution == (*self.beta[-1], 0)
 
     @cached_property
+    @kept()
     def dense(self) -> Tensor:
         """P (4, J), float64: inside a step y(t0 + x dt) = y0 + dt Σ_j (Σ_p P[p, j] x^(p+1)) k_j.
 
@@ -67,6 +79,7 @@ class Tableau:
 
 
 @lru_cache(maxsize=256)
+@kept()
 def row_tensor(row: Row, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A row of coefficients as a tensor, made once per dtype and device."""
     return torch.tensor(row, dtype=torch.float64).to(device=device, dtype=dtype)

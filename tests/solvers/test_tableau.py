@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from torch import Tensor
 from torchdiffeq._impl.odeint import SOLVERS
 
-from gfnode_fast.solvers.tableau import ADAPTIVE, TABLEAUS, Tableau
+from gfnode_fast.solvers import exact, forced
+from gfnode_fast.solvers.tableau import ADAPTIVE, DOPRI5, TABLEAUS, Tableau, row_tensor
 
 BY_NAME = pytest.mark.parametrize("tableau", TABLEAUS.values(), ids=TABLEAUS)
 
@@ -60,3 +64,25 @@ def test_dense_output_passes_through_the_ends(tableau: Tableau) -> None:
     torch.testing.assert_close(dense[0], stages[0], **close)
     torch.testing.assert_close(powers @ dense, stages[-1], **close)
     assert sum(tableau.error) == pytest.approx(0, abs=1e-13)
+
+
+def test_what_is_kept_does_not_depend_on_who_asks_first() -> None:
+    device = torch.device("cpu")
+
+    def tables() -> list[Tensor]:
+        for cached in (row_tensor, exact._taylor_rows, forced._interpolation):
+            cached.cache_clear()
+        row = row_tensor(DOPRI5.error, torch.float32, device)
+        return [
+            dataclasses.replace(DOPRI5).dense,
+            row,
+            *exact._taylor_rows(5, device),
+            *forced._interpolation(device),
+        ]
+
+    expected = tables()
+    with torch.inference_mode(), torch.device("meta"):
+        kept = tables()
+    for mine, theirs in zip(kept, expected, strict=True):
+        assert not mine.is_inference()
+        assert torch.equal(mine, theirs)
