@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -76,6 +77,7 @@ def _build_neighbours(edges: Topology) -> Neighbours:
 
 
 _cache: OrderedDict[tuple[int, int], tuple[Tensor, Tensor, Topology]] = OrderedDict()
+_lock = threading.Lock()
 
 
 def topology(row: Tensor, col: Tensor, num_nodes: int) -> Topology:
@@ -103,15 +105,19 @@ def topology(row: Tensor, col: Tensor, num_nodes: int) -> Topology:
     key = (num_nodes, row.shape[0])
     found = _cache.get(key)
     if found is not None and torch.equal(found[0], row) and torch.equal(found[1], col):
-        _cache.move_to_end(key)
+        with _lock:
+            if key in _cache:
+                _cache.move_to_end(key)
         return found[2]
     _check_range("row", row, num_nodes)
     _check_range("col", col, num_nodes)
     with torch.inference_mode(False):  # kept, and then used in training
         built = _build(row, col, num_nodes)
-    _cache[key] = (row.clone(), col.clone(), built)
-    if len(_cache) > MAX_CACHED:
-        _cache.popitem(last=False)
+        kept = (row.clone(), col.clone(), built)
+    with _lock:
+        _cache[key] = kept
+        if len(_cache) > MAX_CACHED:
+            _cache.popitem(last=False)
     return built
 
 
