@@ -31,7 +31,9 @@ VARIANTS = {
 def models(**changes: Any) -> tuple[FourierMD, GFNODE]:
     torch.manual_seed(0)
     one = FourierMD(**constructor(**changes)).to(F64)
-    many = GFNODE(**constructor(**changes, num_atoms=None)).to(F64)
+    arguments = constructor(**changes)
+    del arguments["num_atoms"]
+    many = GFNODE(**arguments).to(F64)
     many.load_state_dict(one.state_dict())
     return one, many
 
@@ -161,3 +163,9 @@ def test_bad_inputs_are_refused(change: dict[str, Tensor], message: str) -> None
 def test_bad_constructions_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GFNODE(**constructor(**change))
+
+
+def test_positions_of_arguments_are_those_of_the_signature() -> None:
+    positions = (1, 2, 3, 8, torch.nn.SiLU(), "cpu", True, False, False, 3, 4, 6, "bosh3")
+    model = GFNODE(*positions, delta_frame=100, fourier_basis="graph")
+    assert (model.solver, model.num_atoms) == ("bosh3", None)

@@ -23,6 +23,11 @@ from gfnode_fast.reference.checks import (
 from gfnode_fast.reference.propagator import Propagator
 from gfnode_fast.reference.time_embedding import frame_embedding
 
+SIGNATURE = inspect.signature(FourierMD)
+SIGNATURE = SIGNATURE.replace(
+    parameters=[p for name, p in SIGNATURE.parameters.items() if name != "num_atoms"]
+)
+
 
 class GFNODE(FourierMD):
     """GF-NODE for batches of different molecules: flat atoms, with offsets.
@@ -44,9 +49,11 @@ class GFNODE(FourierMD):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.num_atoms is not None:
-            refuse(ValueError, "num_atoms", "None", self.num_atoms, "offsets say it: leave it out")
+        num_atoms = kwargs.pop("num_atoms", None)
+        if num_atoms is not None:
+            refuse(ValueError, "num_atoms", "None", num_atoms, "offsets say it: leave it out")
+        # Bound here: the published default of num_atoms is 5, and it has a place among the others.
+        super().__init__(**SIGNATURE.bind(*args, **kwargs).arguments, num_atoms=None)
         if self.fourier_basis != "graph":
             refuse(
                 ValueError,
@@ -188,10 +195,4 @@ class GFNODE(FourierMD):
                 refuse(ValueError, "eigvecs", expected, describe(eigvecs), "flatten and join them")
 
 
-GFNODE.__signature__ = FourierMD.__signature__.replace(  # type: ignore[attr-defined]
-    parameters=[
-        parameter
-        for name, parameter in inspect.signature(FourierMD).parameters.items()
-        if name != "num_atoms"
-    ]
-)
+GFNODE.__signature__ = SIGNATURE  # type: ignore[attr-defined]
