@@ -257,3 +257,11 @@ def test_compiles_as_one_graph() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert relative_error(compiled(**inputs())[0], expected) < 1e-5
     torch._dynamo.reset()
+
+
+def test_changed_arguments_are_noticed() -> None:
+    model = accelerate(foreign())
+    model.propagate_x = False
+    with pytest.raises(RuntimeError, match="`model.propagate_x` must be True"):
+        model(**inputs())
+    accelerate(restore(model))(**inputs())

@@ -285,3 +285,17 @@ def test_copies_and_pickles() -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(**inputs())[0], expected)
         assert other.backend_report() == model.backend_report()
+
+
+def test_what_is_set_later_is_served_or_refused() -> None:
+    given = inputs()
+    torch.manual_seed(0)
+    model = gfnode_fast.FourierMD(**constructor(propagate_x=False))
+    model(**given)
+    model.propagate_x, model.backend = True, "torch"
+    assert running(model)["decoder layers"] == running(model)["solve of coordinates"] == "torch"
+    for mine, expected in zip(model(**given), build(backend="torch")(**given), strict=True):
+        torch.testing.assert_close(mine, expected)
+    model.backend, model.solver_mode = "reference", "exact"
+    with pytest.raises(ValueError, match="`solver_mode` must be 'joint'"):
+        model(**given)

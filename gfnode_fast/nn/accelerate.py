@@ -43,6 +43,11 @@ class AcceleratedForward:
         self.model = model
         self.fast = fast
         self.replaced = model.__dict__.get("forward")
+        self.fixed = {
+            name: getattr(model, name)
+            for name in UNTOLD
+            if name not in CHANGEABLE and hasattr(model, name)
+        }
         self.modules = [
             (parent, name, child)
             for parent in model.modules()
@@ -55,6 +60,13 @@ class AcceleratedForward:
                 raise RuntimeError(
                     f"accelerate: `model.{name}` must be the module that was accelerated, got "
                     "another; call restore(model), then accelerate(model) again"
+                )
+        for name, fixed in self.fixed.items():
+            value = getattr(self.model, name, None)
+            if value is not fixed and value != fixed:
+                raise RuntimeError(
+                    f"accelerate: `model.{name}` must be {fixed}, as when it was accelerated, got "
+                    f"{value}; call restore(model), then accelerate(model) again"
                 )
         for name in CHANGEABLE:
             value = getattr(self.model, name, None)
@@ -106,11 +118,12 @@ def accelerate(
         TypeError: not a module, or one of ours that is fast already.
         ValueError: accelerated already; names what is missing of the published attributes and
             state_dict; arguments that `FourierMD` refuses.
-        RuntimeError: a backend that is not there; in `forward`, a submodule replaced since.
+        RuntimeError: a backend that is not there; in `forward`, a submodule replaced, or one of
+            those attributes changed, since.
 
     Notes:
         Hooks on the model run, hooks on its submodules do not. num_atoms, num_timesteps and
-        delta_frame are read at every call, the rest once.
+        delta_frame are read at every call and may change, the rest may not.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

@@ -150,12 +150,18 @@ class FourierMD(reference.FourierMD):
         )
 
     def _parts(self) -> dict[str, Part]:
-        """The choice for the parameters' device and dtype; made once for each, and logged."""
+        """The choice for the parameters' device and dtype and for what was asked, which may be set
+        later; checked and made once for each, and logged.
+        """
         weight = self.embedding.weight
         autocast = _is_autocast(weight.device)
-        key = (weight.device, weight.dtype, autocast, self.solver_mode)
+        asked = (self.backend, self.precision, self.solver_mode, self.propagate_x, self.propagate_h)
+        key = (weight.device, weight.dtype, autocast, *asked)
         parts = self._chosen.get(key)
         if parts is None:
+            if not torch.compiler.is_compiling():
+                check_mode_of("FourierMD", self.solver_mode, self.freq_conv.t_conv, self.backend)
+                check_request(self._request())
             parts = choose_parts(self._request(), weight.device, weight.dtype, autocast)
             self._chosen[key] = parts
             if self.backend == "auto" and not torch.compiler.is_compiling():
