@@ -10,7 +10,14 @@ from torch import Tensor
 
 from benchmarks.registry import MODELS, Row
 from gfnode_fast import reference
-from gfnode_fast.data import Batch, WindowDataset, build_graph, draw_windows, load_sample
+from gfnode_fast.data import (
+    Batch,
+    MolecularGraph,
+    WindowDataset,
+    build_graph,
+    draw_windows,
+    load_sample,
+)
 
 DELTA_FRAME = 3000
 NUM_TIMES = 8
@@ -23,10 +30,15 @@ def dtype_of(precision: str) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
+def molecular_graph(molecule: str) -> MolecularGraph:
+    trajectory = load_sample(molecule)
+    return build_graph(trajectory.positions[0], trajectory.numbers)
+
+
 @lru_cache(maxsize=8)
 def _dataset(molecule: str, times: str, dtype: torch.dtype, windows: int) -> WindowDataset:
     trajectory = load_sample(molecule)
-    graph = build_graph(trajectory.positions[0], trajectory.numbers)
+    graph = molecular_graph(molecule)
     drawn = draw_windows(
         trajectory,
         num_timesteps=NUM_TIMES,

@@ -84,6 +84,8 @@ def make_task(contender: str, row: Row, device: torch.device) -> Task:
     """
     if row.op == "eigh":
         return peers.eigh_task(contender, row, device)
+    if row.op == "spectrum":
+        return peers.spectrum_task(contender, row, device)
     if row.op in ("graph_fourier", "inverse_graph_fourier"):
         return _transform_task(contender, row, device)
     batch = inputs.make_batch(row, device)

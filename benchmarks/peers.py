@@ -11,6 +11,7 @@ from benchmarks.registry import Row
 from benchmarks.task import Task, Unavailable, function_task
 from gfnode_fast.data import Batch
 from gfnode_fast.ops.eigh import eigh_batched
+from gfnode_fast.spectra import Graphs, SpectralCache, graph_laplacian, graph_spectrum
 
 
 def initial_modes(row: Row, batch: Batch, width: int) -> Tensor:
@@ -97,11 +98,26 @@ def eigh_task(contender: str, row: Row, device: torch.device) -> Task:
     else:
         run = lambda: eigh_batched(matrices)  # noqa: E731
 
-    def values() -> dict[str, Tensor]:
-        spectrum, vectors = run()
-        return {
-            "output eigenvalues": spectrum,
-            "output recomposed": (vectors * spectrum[:, None]) @ vectors.transpose(1, 2),
-        }
+    return Task(run, lambda: _spectral_values(*run()))
 
-    return Task(run, values)
+
+def spectrum_task(contender: str, row: Row, device: torch.device) -> Task:
+    """Spectra of a batch of one molecule's graph: the eigenproblem alone, ours, and found again."""
+    graph = inputs.molecular_graph(row.molecule)
+    graphs = Graphs.repeat(graph.row.to(device), graph.col.to(device), graph.num_atoms, row.batch)
+    cache = SpectralCache()
+    if contender == "torch":
+        matrices = graph_laplacian(graphs, dtype=inputs.dtype_of(row.precision))
+        run = lambda: torch.linalg.eigh(matrices)  # noqa: E731
+    elif contender == "ours":
+        run = lambda: graph_spectrum(graphs, dtype=inputs.dtype_of(row.precision))  # noqa: E731
+    else:
+        run = lambda: cache.spectrum(graphs, dtype=inputs.dtype_of(row.precision))  # noqa: E731
+    return Task(run, lambda: _spectral_values(*run()))
+
+
+def _spectral_values(spectrum: Tensor, vectors: Tensor) -> dict[str, Tensor]:
+    return {
+        "output eigenvalues": spectrum,
+        "output recomposed": (vectors * spectrum[:, None]) @ vectors.transpose(1, 2),
+    }

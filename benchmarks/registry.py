@@ -29,8 +29,10 @@ OPERATIONS = (
     "graph_fourier",
     "inverse_graph_fourier",
     "eigh",
+    "spectrum",  # of B copies of one molecule's graph, in the canonical basis
     "graph_layer",
 )
+SPECTRA = ("eigh", "spectrum")  # rows of graphs, without a model
 PHASES = ("forward", "backward", "step")  # backward: forward + backward; step: those + Adam
 TIMES = ("irregular", "regular")
 PRECISIONS = ("fp64", "fp32", "tf32", "bf16")
@@ -74,7 +76,7 @@ class Row:
     @property
     def name(self) -> str:
         parts = [self.op, self.phase]
-        if self.op == "eigh":
+        if self.op in SPECTRA:
             return " ".join([*parts, self.molecule, f"B={self.batch}", self.precision])
         parts += [self.model, f"M={self.num_modes}", f"B={self.batch}"]
         return " ".join([*parts, self.times, self.precision])
@@ -85,7 +87,7 @@ class Row:
     def tiny(self) -> Row:
         """The same row at a size that a CPU runs in a moment; precisions of GPUs become fp32."""
         precision = self.precision if self.precision == "fp64" else "fp32"
-        molecule = self.molecule if self.op == "eigh" else "ethanol"
+        molecule = self.molecule if self.op in SPECTRA else "ethanol"
         return replace(self, batch=min(self.batch, 2), precision=precision, molecule=molecule,
                        num_modes=min(self.num_modes, 2))  # fmt: skip
 
@@ -93,7 +95,7 @@ class Row:
 def contenders(row: Row, device: str = "cpu") -> tuple[str, ...]:
     """Who runs in a row on a kind of device, baselines first; Triton last, and on GPUs only."""
     triton: tuple[str, ...] = ()
-    if device == "cuda" and row.op != "eigh":
+    if device == "cuda" and row.op not in SPECTRA:
         triton = ("ours triton",)
         if row.model == "egnn" and row.op in ("model", "propagation"):
             triton = ("ours triton", "ours exact triton")
@@ -103,6 +105,8 @@ def contenders(row: Row, device: str = "cpu") -> tuple[str, ...]:
 def _everywhere(row: Row) -> tuple[str, ...]:
     if row.op == "eigh":
         return ("torch", "numpy loop", "ours")
+    if row.op == "spectrum":
+        return ("torch", "ours", "ours cached")
     if row.op in ("graph_fourier", "inverse_graph_fourier"):
         return ("U1", "sliced", "ours")
     if row.op == "graph_layer":
@@ -162,6 +166,7 @@ def cpu_op_rows() -> list[Row]:
     spectra = [Row("eigh", "forward", 512, molecule=f"random {n}") for n in (13, 33)]
     spectra += [Row("eigh", "forward", 4096, molecule=f"random {n}")
                 for n in (6, 13, 21, 32, 48, 64)]  # fmt: skip
+    spectra.append(Row("spectrum", "forward", 4096))
     return [Row("solve", "backward", 50), *transforms, *pieces, *spectra]
 
 

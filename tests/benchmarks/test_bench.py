@@ -36,7 +36,7 @@ from benchmarks.timing import Timing, count, interleaved, peak_memory, ratio
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 FAST = Effort(rounds=2, seconds_each=0.01)
-SMALL = Row("solve", "backward", 2, molecule="ethanol")
+SMALL = Row("propagation", "backward", 2, molecule="ethanol")
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -87,7 +87,7 @@ def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
         return replace(task, values=lambda: {k: 1.01 * v for k, v in values().items()})
 
     monkeypatch.setattr(measuring, "make_task", wrong)
-    monkeypatch.setattr(measuring, "contenders", lambda row: ("U0", "U1", "ours"))
+    monkeypatch.setattr(measuring, "contenders", lambda row, device: ("U0", "U1", "ours"))
     found = measure(SMALL, CPU, Checker(CPU), FAST)
     assert found["contenders"]["ours"]["status"] == "failed"
     assert "outputs differ by 1.0e-02" in found["contenders"]["ours"]["reason"]
@@ -135,7 +135,11 @@ def test_counting_and_weighing() -> None:
 
 @pytest.fixture(scope="module")
 def result() -> dict:
-    rows = [SMALL, Row("eigh", "forward", 2, molecule="random 5")]
+    rows = [
+        SMALL,
+        Row("eigh", "forward", 2, molecule="random 5"),
+        Row("spectrum", "forward", 3, molecule="ethanol"),
+    ]
     with c1.compiler("eager"):
         return run.measure_all(rows, CPU, FAST, 10.0, ["test"])
 
@@ -164,7 +168,7 @@ def test_an_update_keeps_the_rows_it_does_not_measure(result: dict) -> None:
     assert found["rows"] == earlier["rows"]
     assert "some rows 000000000000" in report.heading(found["about"], found["rows"])
     run.put(found, {"row": SMALL.as_dict(), "contenders": {}, "ratios": {}})
-    assert len(found["rows"]) == 2
+    assert len(found["rows"]) == len(result["rows"])
     assert found["rows"][0]["commit"] == found["about"]["commit"]
     earlier["about"]["hardware"] = "another machine"
     with pytest.raises(ValueError, match="must continue a result of the same machine"):
