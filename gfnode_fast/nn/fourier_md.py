@@ -79,6 +79,9 @@ class FourierMD(reference.FourierMD):
         linears autocast casts, unless `precision` says another one; transforms and the solve keep
         the model's precision.
 
+        Hooks on submodules are sure to run with backend="reference" alone; those on the model
+        always do.
+
         With Triton solves on a GPU nothing waits for the device: a solve that fails, or times that
         are not positive, give NaN and raise at a later step or when `last_solve` is read.
 

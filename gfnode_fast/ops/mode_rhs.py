@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gfnode_fast.ops import mode_rhs_registered as on_triton
@@ -64,8 +65,49 @@ def _mix_by_mlp(z: Tensor, *mlp: Tensor) -> Tensor:
 _MIXERS: dict[str, Callable[..., Tensor]] = {"attention": _attend, "concat": _mix_by_mlp}
 
 
-def _parameters(module: ModeRHS, *prefixes: str) -> tuple[Tensor, ...]:
-    return tuple(p for name, p in module.named_parameters() if name.startswith(prefixes))
+_MIXER_NAMES = {
+    "no_interaction": (),
+    "attention": (
+        "attn.in_proj_weight",
+        "attn.in_proj_bias",
+        "attn.out_proj.weight",
+        "attn.out_proj.bias",
+        "post_attn_linear.weight",
+        "post_attn_linear.bias",
+    ),
+    "concat": ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"),
+}
+_TIME_MLP_NAMES = ("time_mlp.0.weight", "time_mlp.0.bias", "time_mlp.2.weight", "time_mlp.2.bias")
+
+
+def _value(module: nn.Module, name: str) -> Tensor:
+    """By attribute: parametrised, pruned or replicated modules have other parameters."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part)
+    value: Tensor = found
+    return value
+
+
+def _mixer(module: ModeRHS) -> tuple[Tensor, ...]:
+    return tuple(_value(module, name) for name in _MIXER_NAMES[module.mode_interaction])
+
+
+def _time_mlp(module: ModeRHS) -> tuple[Tensor, ...]:
+    return tuple(_value(module, name) for name in _TIME_MLP_NAMES if module.time_mode == "mlp")
+
+
+def parameter_names(module: ModeRHS | LinearBasisRHS) -> tuple[str, ...]:
+    """What a right-hand side computes with, weights1 first."""
+    if isinstance(module, LinearBasisRHS):
+        return ("weights1",)
+    time_mlp = _TIME_MLP_NAMES if module.time_mode == "mlp" else ()
+    return ("weights1", *_MIXER_NAMES[module.mode_interaction], *time_mlp)
+
+
+def parameter_values(module: ModeRHS | LinearBasisRHS) -> list[Tensor]:
+    """The values of `parameter_names`."""
+    return [_value(module, name) for name in parameter_names(module)]
 
 
 def right_hand_side(module: ModeRHS | LinearBasisRHS) -> RightHandSide:
@@ -76,7 +118,7 @@ def right_hand_side(module: ModeRHS | LinearBasisRHS) -> RightHandSide:
     if isinstance(module, LinearBasisRHS):
         return LinearRHS(module, torch.view_as_complex(module.weights1).permute(2, 0, 1))
     embedding = module.time_embedding
-    time_mlp = _parameters(module, "time_mlp.")
+    time_mlp = _time_mlp(module)
     weight = module.weights1
     channels = weight.shape[2]
     if module.mode_interaction == "no_interaction":
@@ -96,7 +138,7 @@ def right_hand_side(module: ModeRHS | LinearBasisRHS) -> RightHandSide:
         )
 
     mix = _MIXERS[module.mode_interaction]
-    mixer = _parameters(module, "attn.", "post_attn_linear.", "mlp.")
+    mixer = _mixer(module)
     num_mixer = len(mixer)
 
     def general(s: Tensor, y: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
@@ -167,9 +209,9 @@ def mode_rhs(module: ModeRHS, s: Tensor | None, y: Tensor, *, backend: str = "au
         return right_hand_side(module)(time, rows).transpose(0, 1)
     e = None
     if module.time_embedding is not None and s is not None:
-        e = _embed(module.time_embedding, s, _parameters(module, "time_mlp."))[0].to(y.dtype)
+        e = _embed(module.time_embedding, s, _time_mlp(module))[0].to(y.dtype)
     weight = module.weights1
-    mixer = _parameters(module, "attn.", "post_attn_linear.", "mlp.")
+    mixer = _mixer(module)
     out: Tensor
     if module.mode_interaction == "attention":
         out = on_triton.mode_attention(rows, *fold_attention(weight, e, channels, *mixer))

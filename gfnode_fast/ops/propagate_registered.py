@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gfnode_fast.ops.mode_rhs import parameter_names, parameter_values
 from gfnode_fast.ops.propagate import propagate
 from gfnode_fast.reference.propagator import LinearBasisRHS, ModeODE, ModeRHS, Propagator
 from gfnode_fast.solvers.mode import FixedStep, SolverMode
@@ -70,7 +71,7 @@ def propagate_opaque(
         signal,
         times,
         eigvecs,
-        list(propagator.parameters()),
+        parameter_values(function),
         propagator.basis or NO_BASIS,
         interaction,
         time_mode,
@@ -98,7 +99,8 @@ class _Dynamics(nn.Module):
         self.solver_mode = solver_mode
         self.backend = backend
         self.transforms = transforms
-        self.names = [name for name, _ in self.named_parameters()]
+        names = parameter_names(propagator.t_conv.ode_func)
+        self.names = [f"propagator.t_conv.ode_func.{name}" for name in names]
         self.lent = threading.Lock()
 
     def forward(self, signal: Tensor, times: Tensor, eigvecs: Tensor | None) -> Tensor:
