@@ -26,6 +26,8 @@ from benchmarks.task import (
 )
 from gfnode_fast import reference
 from gfnode_fast.data import Batch
+from gfnode_fast.nn.graph_layers import apply_layer
+from gfnode_fast.ops.topology import topology
 
 OURS = {
     "ours": {},
@@ -191,11 +193,14 @@ def _decoder(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
 def _graph_layer(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
     """The first decoder layer on T copies of the batch's graph."""
     layer = model.decode_layers[0]  # C1 on the CPU has compiled it
+    leaves = _signals(row, batch, model.hidden_nf + model.time_emb_dim, inputs.NUM_TIMES)
+    if contender in OURS:
+        edges = topology(*batch.edge_index, batch.x.shape[0])
+        state = (leaves["x"], leaves["v"], leaves["h"])
+        choice = {"backend": model.backend, "precision": model.precision, "recompute": False}
+        return lambda: apply_layer(layer, state, edges, batch.edge_fea, **choice), leaves
     if contender == "C1" and torch.cuda.is_available():
         layer = c1.compile_function(layer)
-    elif contender in OURS and type(layer).__module__.startswith("gfnode_fast.reference"):
-        raise Unavailable("the drop-in's graph layers are the reference's in this version")
-    leaves = _signals(row, batch, model.hidden_nf + model.time_emb_dim, inputs.NUM_TIMES)
     offset = torch.arange(inputs.NUM_TIMES, device=batch.x.device)[:, None] * batch.x.shape[0]
     ends = [(offset + end).reshape(-1) for end in batch.edge_index]
     edge_fea = batch.edge_fea.repeat(inputs.NUM_TIMES, 1)
