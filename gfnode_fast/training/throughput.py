@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from gfnode_fast.data import WindowDataset
-from gfnode_fast.training.config import TrainConfig
+from gfnode_fast.training.config import ConfigError, TrainConfig
 from gfnode_fast.training.optimizer import GuardedAdam
 from gfnode_fast.training.problem import (
     build_model,
@@ -68,11 +69,20 @@ def measure_throughput(
     Returns:
         Rows of every setting and batch size; one that cannot run says why.
 
+    Raises:
+        ConfigError: a batch size below 1; seconds that are not positive and finite.
+
     Notes:
         Times on a machine that does other work at the same time are worth little. Of the settings,
         "model.solver_mode=exact" changes results within the solver's tolerance, the number of
         threads changes rounding.
     """
+    if any(size < 1 for size in batch_sizes):
+        raise ConfigError(
+            f"bench: `batch_sizes` must be at least 1, got {list(batch_sizes)}; raise them"
+        )
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"bench: `seconds` must be positive and finite, got {seconds}; try 5")
     device = resolve_device(config.device)
     problem = load_problem(config.data)
     dtype = torch_dtype(config)

@@ -256,6 +256,9 @@ def test_bench(config_file, capsys):
     assert [line.split(":")[0] for line in lines[-2:]] == ["batches of 2", "batches of 60"]
     assert main([*arguments, "--batch_sizes", "0"]) == 2
     assert "`batch_sizes` must be at least 1" in one_line(capsys)
+    for seconds in ("-1", "0"):
+        assert main([*arguments, "--batch_sizes", "2", "--seconds", seconds]) == 2
+        assert "`seconds` must be positive" in one_line(capsys)
 
 
 def test_bench_says_what_cannot_run(config_file, capsys):
