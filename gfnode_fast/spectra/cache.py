@@ -68,6 +68,8 @@ class SpectralCache:
             The result may be shared, with the cache and between equal graphs: do not change it in
             place.
         """
+        if len(graphs) == 0:
+            return graph_spectrum(graphs, kind, canonical=canonical, dtype=dtype)
         keys, which, distinct = graphs.distinct
         settings = (kind, canonical, dtype, graphs.row.device)
         with self._lock:
@@ -146,8 +148,6 @@ def _file_name(key: bytes, kind: Kind, canonical: bool) -> str:
 
 def _padded(spectra: list[Spectrum], n: int) -> Spectrum:
     """Stack spectra of different size, zero beyond each one's own."""
-    if not spectra:
-        raise ValueError("SpectralCache: `graphs` must hold a graph, got B = 0")
     if all(len(spectrum.w) == n for spectrum in spectra):
         return Spectrum(*(torch.stack(parts) for parts in zip(*spectra, strict=True)))
     w = spectra[0].w.new_zeros(len(spectra), n)

@@ -208,7 +208,7 @@ class _Run:
         self.batches_per_epoch = -(-len(self.train_set) // config.optim.batch_size)
         self.total_steps = config.optim.epochs * self.batches_per_epoch
         self.started = time.perf_counter()
-        self.seconds_before = self.position.seconds
+        self.seconds_before, self.steps_before = self.position.seconds, self.position.step
 
     def _begin_files(self) -> MetricsLog:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -240,8 +240,8 @@ class _Run:
             position.epoch,
             position.best_mse,
             position.best_epoch,
-            self._seconds() - self.seconds_before,
-            self._seconds(),
+            position.seconds - self.seconds_before,
+            position.seconds,
         )
 
     def _loop(self) -> Status:
@@ -411,12 +411,15 @@ class _Run:
             )
 
     def _seconds(self) -> float:
+        if self.position.step == self.steps_before:
+            return self.seconds_before  # a completed run looked at again has taken no longer
         return self.seconds_before + time.perf_counter() - self.started
 
     def _save(self, name: Literal["best", "last"]) -> None:
+        self.position.seconds = self._seconds()
         if self.metrics is None:
             return
-        self.position.seconds, self.position.rows = self._seconds(), self.metrics.num_rows
+        self.position.rows = self.metrics.num_rows
         state = {f"graph.{k}": t for k, t in graph_to_tensors(self.problem.graph).items()}
         manifest: dict[str, Any] = {
             "torch": torch.__version__,

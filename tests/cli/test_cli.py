@@ -241,6 +241,8 @@ def test_sweep_modes(config_file, tmp_path, capsys):
     before = (output / "modes-1" / "metrics.csv").read_bytes()
     assert main([*arguments, "--modes", "1"]) == 0  # what is there is not trained again
     assert (output / "modes-1" / "metrics.csv").read_bytes() == before
+    again = json.loads((output / "sweep.json").read_text())["results"]
+    assert again == found[:1]
     capsys.readouterr()
     assert main([*arguments, "--modes", "1,4"]) == 2
     assert "`modes` must be different numbers from 1 to 3" in one_line(capsys)
