@@ -167,7 +167,7 @@ def draw_roofline(
     """Attained matrix flops per second over the intensity of U1's counted flops and bytes."""
     for entry in entries:
         work = entry.get("work", {})
-        if not work.get("flops"):
+        if not work.get("flops") or work["counted_on"] != "U1":
             continue
         intensity = work["flops"] / work["bytes"]
         for name, colour in COLOURS.items():

@@ -23,6 +23,7 @@ from benchmarks.task import (
     named_gradients,
     named_outputs,
     numerics,
+    require_device,
 )
 from gfnode_fast import reference
 from gfnode_fast.data import Batch
@@ -84,6 +85,7 @@ def make_task(contender: str, row: Row, device: torch.device) -> Task:
     Raises:
         Unavailable: it does not exist here.
     """
+    require_device(row.precision, device)
     if row.op == "eigh":
         return peers.eigh_task(contender, row, device)
     if row.op == "spectrum":

@@ -28,11 +28,16 @@ class Task:
     )
 
 
+def require_device(precision: str, device: torch.device) -> None:
+    """Raises Unavailable where a precision needs a GPU."""
+    if precision in ("tf32", "bf16") and device.type != "cuda":
+        raise Unavailable(f"{precision} needs a CUDA device, this is {device}")
+
+
 @contextmanager
 def numerics(precision: str, device: torch.device) -> Iterator[None]:
     """torch's own switches for tf32, and autocast for bf16."""
-    if precision in ("tf32", "bf16") and device.type != "cuda":
-        raise Unavailable(f"{precision} needs a CUDA device, this is {device}")
+    require_device(precision, device)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
