@@ -109,11 +109,12 @@ def test_locked_versions_are_exact_and_name_no_index() -> None:
 
 
 def package_files() -> set[str]:
-    """What an installation must hold: modules, samples, the type marker."""
+    """What an installation must hold: modules, samples, verified GPUs, the type marker."""
     package = ROOT / "gfnode_fast"
     modules = {path for folder in (package, ROOT / "kernels") for path in folder.rglob("*.py")}
     modules |= {path for path in (package / "data" / "samples").rglob("*") if path.is_file()}
-    names = {path.relative_to(ROOT).as_posix() for path in modules} | {"gfnode_fast/py.typed"}
+    names = {path.relative_to(ROOT).as_posix() for path in modules}
+    names |= {"gfnode_fast/py.typed", "gfnode_fast/ops/verified_gpus.json"}
     return {f"gfnode_fast/{name}" if name.startswith("kernels/") else name for name in names}
 
 
