@@ -90,6 +90,21 @@ def test_close_eigenvalues_are_told_apart():
     torch.testing.assert_close(permuted, canonical_basis(w, V)[order], atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("solver", ["torch", "numpy"])
+def test_solvers_agree(solver: str) -> None:
+    """LAPACK through torch and through NumPy, and what `graph_spectrum` takes here."""
+    for name, a in SHAPES.items():
+        matrix = laplacian(a)
+        if solver == "torch":
+            w, V = torch.linalg.eigh(matrix)
+        else:
+            w, V = (torch.from_numpy(part) for part in np.linalg.eigh(matrix.numpy()))
+        ours = graph_spectrum(batch_of([a]), dtype=torch.float64).U[0]
+        torch.testing.assert_close(canonical_basis(w, V), ours, atol=1e-10, rtol=0, msg=name)
+        rounded = graph_spectrum(batch_of([a])).U[0]
+        torch.testing.assert_close(canonical_basis(w, V).float(), rounded, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["symmetric", "random_walk"])
 def test_normalised_spectra(kind):
     a = random(9, 5)
