@@ -216,7 +216,7 @@ def _mean_layer(
 
 def _kernels(
     op: str, backend: str, precision: str, h: Tensor, activation: nn.Module
-) -> LayerKernels:
+) -> LayerKernels | on_triton.TritonKernels:
     if backend not in BACKENDS:
         raise ValueError(
             f"{op}: `backend` must be one of {', '.join(BACKENDS)}, got {backend!r}; choose one of "

@@ -67,11 +67,24 @@ class PerEdgeWeights(NamedTuple):
     displacement_bias: Tensor  # (1,)
 
 
-class LayerKernels(Protocol):
-    """What is done per edge, from summands to sums over neighbours, and the MLPs on nodes."""
+class MeanKernels(Protocol):
+    """What GraphSAGE and GCN need: sums over neighbours, products and MLPs on nodes."""
 
     width_multiple: int
     """H, W and C are padded with zeros to a multiple of this."""
+
+    def sum(self, node: Tensor, edge: Tensor, edges: Topology, activation: Activation) -> Tensor:
+        """node (T, n, 2H), edge (E, H) → Σ act(node_row + node_col + edge) (T, n, H)."""
+
+    def linear(self, h: Tensor, weight: Tensor) -> Tensor:
+        """(T, n, in) → (T, n, out), without bias."""
+
+    def mlp(self, parts: Sequence[Tensor], weights: MLPWeights, activation: Activation) -> Tensor:
+        """One or two parts (T, n, ...) side by side → (T, n, out)."""
+
+
+class LayerKernels(MeanKernels, Protocol):
+    """What EGNN needs besides: everything per edge, from summands to sums over neighbours."""
 
     def egnn(
         self,
@@ -84,15 +97,6 @@ class LayerKernels(Protocol):
         norm: bool,
     ) -> tuple[Tensor, Tensor]:
         """x (T, n, 3), node (T, n, 2H), edge (E, H) → Σ m (T, n, W), Σ r f (T, n, 3)."""
-
-    def sum(self, node: Tensor, edge: Tensor, edges: Topology, activation: Activation) -> Tensor:
-        """node (T, n, 2H), edge (E, H) → Σ act(node_row + node_col + edge) (T, n, H)."""
-
-    def linear(self, h: Tensor, weight: Tensor) -> Tensor:
-        """(T, n, in) → (T, n, out), without bias."""
-
-    def mlp(self, parts: Sequence[Tensor], weights: MLPWeights, activation: Activation) -> Tensor:
-        """One or two parts (T, n, ...) side by side → (T, n, out)."""
 
 
 class TorchKernels:
@@ -180,7 +184,7 @@ def split_mean(
     weights: MeanWeights,
     activation: Activation,
     concatenate_self: bool,
-    kernels: LayerKernels,
+    kernels: MeanKernels,
 ) -> State:
     """A GraphSAGE (`concatenate_self`) or GCN layer; oracles in `gfnode_fast.reference.layers`."""
     c = torch.cat(state, dim=-1)
@@ -197,7 +201,7 @@ def split_mean(
 
 
 def _summands(
-    h: Tensor, edge_fea: Tensor, weight: Tensor, bias: Tensor, kernels: LayerKernels
+    h: Tensor, edge_fea: Tensor, weight: Tensor, bias: Tensor, kernels: MeanKernels
 ) -> tuple[Tensor, Tensor]:
     """[W_a h, W_b h] (T, n, 2H) and W_e e + bias (E, H) for W = [W_a, W_b, W_e]."""
     width = h.shape[-1]

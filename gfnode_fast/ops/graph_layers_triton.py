@@ -1,4 +1,4 @@
-"""The graph layers in Triton: EGNN as one operator, GraphSAGE and GCN through `LayerKernels`.
+"""The graph layers in Triton: EGNN as one operator, GraphSAGE and GCN through `MeanKernels`.
 
 Registered as `gfnode_fast::triton_egnn_layer`, `triton_edge_sum` and `triton_row_linear`, each with
 its `_bwd`. Formulas, ownership and cost: kernels/egnn_layer.py, edge_sum.py, row_products.py. Once
@@ -40,16 +40,12 @@ def egnn(
 
 
 class TritonKernels:
-    """`LayerKernels` without the EGNN part, which is an operator of its own."""
+    """`MeanKernels` in Triton; EGNN is an operator of its own."""
 
     width_multiple = 1
 
     def __init__(self, precision: str) -> None:
         self.precision = precision
-
-    def egnn(self, *_: Any) -> NoReturn:
-        """Not reached: `egnn` of this module is the whole layer."""
-        raise NotImplementedError("graph layers: the Triton EGNN layer has no part for edges alone")
 
     def sum(self, node: Tensor, edge: Tensor, edges: Topology, activation: Activation) -> Tensor:
         total: Tensor = torch.ops.gfnode_fast.triton_edge_sum(
