@@ -236,16 +236,14 @@ def solve_compiled(
         the number of steps. Once differentiable, in y0 and the parameters. An outer torch.compile
         leaves its graph for the solve, whose steps are read on the host.
     """
-    return _solve_by_steps(
-        rhs,
-        structure,
-        y0,
-        times.detach().double(),
-        tableau,
-        lambda function: TracedSolve(function, tableau, rtol, atol),
-        (rtol, atol),
-        stats,
-    )
+
+    def make(function: Function) -> TracedSolve:
+        return TracedSolve(function, tableau, rtol, atol)
+
+    graphs = graphs_for(rhs, structure, y0, tableau.name, make, (rtol, atol))
+    stats = SolveStats() if stats is None else stats
+    times = times.detach().double()
+    return solve_in_graphs(_CompiledSolve, graphs, stats, times, y0, rhs.parameters)
 
 
 def solve_compiled_fixed(
@@ -279,45 +277,41 @@ def solve_compiled_fixed(
     """
     times = times.detach().double()
     check_uniform(times, step_size)
-    return _solve_by_steps(
-        rhs,
-        structure,
-        y0,
-        times,
-        tableau,
-        lambda function: TracedUniform(function, tableau, step_size),
-        (step_size,),
-        stats,
-    )
+
+    def make(function: Function) -> TracedUniform:
+        return TracedUniform(function, tableau, step_size)
+
+    graphs = graphs_for(rhs, structure, y0, tableau.name, make, (step_size,))
+    stats = SolveStats() if stats is None else stats
+    return solve_in_graphs(_CompiledSolve, graphs, stats, times, y0, rhs.parameters)
 
 
-def _solve_by_steps(
-    rhs: RightHandSide,
-    structure: Hashable,
-    y0: Tensor,
+def solve_in_graphs(
+    node: type[torch.autograd.Function],
+    graphs: Graphs,
+    extra: object,
     times: Tensor,
-    tableau: Tableau,
-    make: Callable[[Function], TracedSteps],
-    numbers: tuple[Hashable, ...],
-    stats: SolveStats | None,
+    y0: Tensor,
+    parameters: Sequence[Tensor],
 ) -> Tensor:
-    """`numbers`: what `make` knows beside the tableau."""
+    """Values (B, T, D, M, C) of `node`, applied to (graphs, extra, times, y0, *parameters).
+
+    y0 is (M, B, D, C); the node gets it as (B, D, M, C), and gives (B, T, D·M·C).
+    """
     modes, batch, components, channels = y0.shape
     num_times = times.shape[1]
-    graphs = graphs_for(rhs, structure, y0, tableau.name, make, numbers)
     # One time would be a fixed size: read it twice.
-    times = times.expand(-1, 2).contiguous() if num_times == 1 else times
-    values: Tensor = _solve(
-        graphs, SolveStats() if stats is None else stats, times, y0.permute(1, 2, 0, 3), rhs
-    )
+    times = times.expand(-1, 2) if num_times == 1 else times
+    values: Tensor = _apply(node, graphs, extra, times, y0.permute(1, 2, 0, 3), *parameters)
     return values[:, :num_times].view(batch, num_times, components, modes, channels)
 
 
-@torch.compiler.disable(reason="the accepted steps are read on the host")  # type: ignore[untyped-decorator]
-def _solve(
-    graphs: Graphs, stats: SolveStats, times: Tensor, y0: Tensor, rhs: RightHandSide
-) -> Tensor:
-    values: Tensor = _CompiledSolve.apply(  # type: ignore[no-untyped-call]
-        graphs, stats, canonical(times), y0, *rhs.parameters
-    )
-    return values
+@torch.compiler.disable(reason="steps, counts and norms are read on the host")  # type: ignore[untyped-decorator]
+def _apply(
+    node: type[torch.autograd.Function],
+    graphs: Graphs,
+    extra: object,
+    times: Tensor,
+    *tensors: Tensor,
+) -> Any:
+    return node.apply(graphs, extra, canonical(times), *tensors)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gfnode_fast.solvers.compiled import Graphs, call_graph, graphs_for
+from gfnode_fast.solvers.compiled import Graphs, call_graph, graphs_for, solve_in_graphs
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.solvers.exact import largest_thetas, make_plan
 from gfnode_fast.solvers.rhs import LinearRHS, RightHandSide
@@ -93,7 +93,6 @@ def solve_compiled_exact(
             "backend='torch'"
         )
     modes, batch, components, channels = y0.shape
-    num_times = times.shape[1]
     times = times.detach().double()
     slope = rhs.slope()
     rows = y0.detach().transpose(0, 1).reshape(batch * components, modes, channels)
@@ -113,19 +112,6 @@ def solve_compiled_exact(
         steps = max(1, math.ceil(times.max().item() * substeps))
         stats.evaluations += degree * steps
         stats.accepted += steps
-    # One time would be a fixed size: read it twice.
-    times = times.expand(-1, 2).contiguous() if num_times == 1 else times
-    dynamics = (rhs.weight,) if slope is None else (rhs.weight, slope)
-    values: Tensor = _solve(graphs, substeps, times, y0.permute(1, 2, 0, 3), dynamics)
-    return values[:, :num_times].view(batch, num_times, components, modes, channels)
-
-
-@torch.compiler.disable(reason="the norm of W is read on the host")  # type: ignore[untyped-decorator]
-def _solve(
-    graphs: Graphs, substeps: int, times: Tensor, y0: Tensor, dynamics: tuple[Tensor, ...]
-) -> Tensor:
     count = torch.tensor(substeps, dtype=torch.float64, device=y0.device)
-    values: Tensor = _CompiledExact.apply(  # type: ignore[no-untyped-call]
-        graphs, count, canonical(times), y0, *dynamics
-    )
-    return values
+    dynamics = (rhs.weight,) if slope is None else (rhs.weight, slope)
+    return solve_in_graphs(_CompiledExact, graphs, count, times, y0, dynamics)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gfnode_fast.solvers.compiled import Graphs, call_graph, graphs_for
+from gfnode_fast.solvers.compiled import Graphs, call_graph, graphs_for, solve_in_graphs
 from gfnode_fast.solvers.errors import check_times
 from gfnode_fast.solvers.per_molecule import Method, check_molecules, refuse_step
 from gfnode_fast.solvers.rhs import RightHandSide
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import Tableau
-from gfnode_fast.solvers.traced import canonical
+from gfnode_fast.solvers.traced import Function, canonical
 from gfnode_fast.solvers.traced_per_molecule import TracedPerMolecule
 
 
@@ -110,31 +110,13 @@ def solve_compiled_per_molecule(
         Deterministic. Once differentiable, in y0 and the parameters. Graphs are reused as those of
         `solve_compiled` are.
     """
-    modes, batch, components, channels = y0.shape
-    num_times = times.shape[1]
+    components = y0.shape[2]
     times = times.detach().double()
     check_times("per_molecule", *torch.stack(times.aminmax()).tolist())
-    graphs = graphs_for(
-        rhs,
-        structure,
-        y0,
-        tableau.name,
-        lambda function: TracedPerMolecule(function, Method(tableau, rtol, atol, components)),
-        ("per_molecule", rtol, atol),
-    )
-    # One time would be a fixed size: read it twice.
-    times = times.expand(-1, 2).contiguous() if num_times == 1 else times
-    values: Tensor = _solve(
-        graphs, SolveStats() if stats is None else stats, times, y0.permute(1, 2, 0, 3), rhs
-    )
-    return values[:, :num_times].view(batch, num_times, components, modes, channels)
 
+    def make(function: Function) -> TracedPerMolecule:
+        return TracedPerMolecule(function, Method(tableau, rtol, atol, components))
 
-@torch.compiler.disable(reason="the accepted steps are counted on the host")  # type: ignore[untyped-decorator]
-def _solve(
-    graphs: Graphs, stats: SolveStats, times: Tensor, y0: Tensor, rhs: RightHandSide
-) -> Tensor:
-    values: Tensor = _CompiledPerMolecule.apply(  # type: ignore[no-untyped-call]
-        graphs, stats, canonical(times), y0, *rhs.parameters
-    )
-    return values
+    graphs = graphs_for(rhs, structure, y0, tableau.name, make, ("per_molecule", rtol, atol))
+    stats = SolveStats() if stats is None else stats
+    return solve_in_graphs(_CompiledPerMolecule, graphs, stats, times, y0, rhs.parameters)
