@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.ops.dispatch import require_triton
-from gfnode_fast.ops.joint_start import pull_first_size
-from gfnode_fast.ops.joint_status import (
-    MAX_ATTEMPTS,
-    check_joint_status,
-    finished,
-    with_times_checked,
+from gfnode_fast.ops.joint_operator import (
+    checked_on_cpu,
+    choose_solve,
+    joint_on_torch,
+    register_solve,
 )
+from gfnode_fast.ops.joint_start import pull_first_size
+from gfnode_fast.ops.joint_status import MAX_ATTEMPTS, finished, with_times_checked
 from gfnode_fast.ops.linear_dynamics import check_dynamics, check_state_shape, check_triton
 from gfnode_fast.ops.mode_rhs_registered import attention_gradients, mode_attention
-from gfnode_fast.ops.propagate_joint import choose_solve, fake_solve, joint_on_torch
 from gfnode_fast.solvers.rhs import GeneralRHS
 from gfnode_fast.solvers.tableau import ADAPTIVE, kept
 
@@ -80,12 +80,8 @@ def propagate_attention(
     if backend == "torch":
         rhs = GeneralRHS(_published(*dynamics), _derivative, dynamics)
         return joint_on_torch(op, rhs, y0, times, ADAPTIVE[solver], rtol, atol)
-    values, status, bad = attention_on_triton(
-        y0, *dynamics, times, solver, rtol, atol, max_attempts
-    )
-    if y0.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_joint_status(status, bad, op=op, components=y0.shape[2])
-    return values, status
+    solved = attention_on_triton(y0, *dynamics, times, solver, rtol, atol, max_attempts)
+    return checked_on_cpu(op, *solved)
 
 
 def _check(
@@ -258,22 +254,6 @@ def _propagate_attention(
     return values, record, *solved[1:]
 
 
-@_propagate_attention.register_fake
-def _(
-    y0: Tensor,
-    key: Tensor,
-    query_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    times: Tensor,
-    solver: str,
-    rtol: float,
-    atol: float,
-    max_attempts: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return fake_solve(y0, times, max_attempts)
-
-
 @torch.library.custom_op(
     "gfnode_fast::propagate_attention_bwd",
     mutates_args=(),
@@ -318,36 +298,8 @@ def _propagate_attention_bwd(
 
 
 @_propagate_attention_bwd.register_fake
-def _(
-    grad: Tensor,
-    y0: Tensor,
-    key: Tensor,
-    query_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    times: Tensor,
-    record: Tensor,
-    steps: Tensor,
-    starts: Tensor,
-    solver: str,
-    rtol: float,
-    atol: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y0_, key_, query_bias_, weight_, bias_ = (
-        p.new_empty(p.shape) for p in (y0, key, query_bias, weight, bias)
-    )
-    return y0_, key_, query_bias_, weight_, bias_
+def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(p.new_empty(p.shape) for p in inputs[:5])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.solver, ctx.rtol, ctx.atol, _ = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:4])
-
-
-def _pull(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _propagate_attention_bwd(grad, *ctx.saved_tensors, ctx.solver, ctx.rtol, ctx.atol)
-    return *grads, None, None, None, None, None
-
-
-_propagate_attention.register_autograd(_pull, setup_context=_save)
+register_solve(_propagate_attention, _propagate_attention_bwd)

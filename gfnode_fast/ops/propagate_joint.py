@@ -12,21 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfnode_fast.ops.dispatch import choose_backend, require_triton
-from gfnode_fast.ops.joint_start import AffineDynamics, pull_first_size
-from gfnode_fast.ops.joint_status import (
-    MAX_ATTEMPTS,
-    check_joint_status,
-    finished,
-    with_times_checked,
+from gfnode_fast.ops.dispatch import require_triton
+from gfnode_fast.ops.joint_operator import (
+    checked_on_cpu,
+    choose_solve,
+    joint_on_torch,
+    register_solve,
 )
-from gfnode_fast.ops.linear_dynamics import check_linear, check_triton, linear_rhs, no_values
-from gfnode_fast.ops.mode_rhs_registered import unserved_by_triton
-from gfnode_fast.solvers.joint import solve_joint
-from gfnode_fast.solvers.rhs import RightHandSide
+from gfnode_fast.ops.joint_start import AffineDynamics, pull_first_size
+from gfnode_fast.ops.joint_status import MAX_ATTEMPTS, finished, with_times_checked
+from gfnode_fast.ops.linear_dynamics import check_linear, check_triton, linear_rhs
 from gfnode_fast.solvers.tableau import ADAPTIVE, Tableau, kept
-
-FSAL = tuple(name for name, tableau in ADAPTIVE.items() if tableau.ends_on_last_stage)
 
 
 def propagate_joint(
@@ -82,56 +78,8 @@ def propagate_joint(
     if backend == "torch":
         rhs = linear_rhs(weight, slope)
         return joint_on_torch(op, rhs, y0, times, ADAPTIVE[solver], rtol, atol)
-    values, status, bad = joint_on_triton(
-        y0, weight, slope, times, solver, rtol, atol, max_attempts
-    )
-    if y0.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_joint_status(status, bad, op=op, components=y0.shape[2])
-    return values, status
-
-
-def choose_solve(
-    op: str, requested: str, y0: Tensor, solver: str, max_attempts: int, is_small: bool = True
-) -> str:
-    """The backend of a joint solve; refuses methods that are not adaptive or not served.
-
-    `is_small`: whether the number of modes is one that the kernels have.
-    """
-    if solver not in ADAPTIVE:
-        raise ValueError(
-            f"{op}: `solver` must be one of {', '.join(ADAPTIVE)}, got {solver!r}; choose an "
-            "adaptive method"
-        )
-    unserved = unserved_by_triton(y0.dtype, y0.shape[3])
-    if solver not in FSAL:
-        unserved = f"the Triton kernels serve {', '.join(FSAL)}, not {solver}"
-    backend, _ = choose_backend(op, requested, y0.device, unserved=unserved)
-    if backend == "triton" and solver not in FSAL:
-        raise ValueError(
-            f"{op}: `solver` must be one of {', '.join(FSAL)} with backend='triton', got "
-            f"{solver!r}; use backend='torch'"
-        )
-    if max_attempts < 1:
-        raise ValueError(f"{op}: `max_attempts` must be at least 1, got {max_attempts}; raise it")
-    return backend
-
-
-def joint_on_torch(
-    op: str,
-    rhs: RightHandSide,
-    y0: Tensor,
-    times: Tensor,
-    tableau: Tableau,
-    rtol: float,
-    atol: float,
-) -> tuple[Tensor, Tensor]:
-    """Values (T, B, M, D, C) by `solve_joint`, and the record of a solve that arrived."""
-    status = finished(y0.device)
-    if y0.numel() == 0 or times.numel() == 0:
-        return no_values(y0, times, *rhs.parameters), status
-    check_joint_status(with_times_checked(status, times), op=op)
-    values = solve_joint(rhs, y0.transpose(0, 1), times, tableau, rtol, atol)
-    return values.permute(1, 0, 3, 2, 4), status
+    solved = joint_on_triton(y0, weight, slope, times, solver, rtol, atol, max_attempts)
+    return checked_on_cpu(op, *solved)
 
 
 def joint_on_triton(
@@ -220,34 +168,6 @@ def _propagate_joint(
     return values, record, *solved[1:]
 
 
-@_propagate_joint.register_fake
-def _(
-    y0: Tensor,
-    weight: Tensor,
-    slope: Tensor | None,
-    times: Tensor,
-    solver: str,
-    rtol: float,
-    atol: float,
-    max_attempts: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return fake_solve(y0, times, max_attempts)
-
-
-def fake_solve(
-    y0: Tensor, times: Tensor, max_attempts: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The shapes of a solve's results."""
-    batch, modes, components, channels = y0.shape
-    return (
-        y0.new_empty(times.shape[1], *y0.shape),
-        times.new_empty(8),
-        times.new_empty(max_attempts, 2),
-        y0.new_empty(max_attempts + 1, batch * components, modes, channels),
-        torch.empty(batch * components, dtype=torch.int32, device=y0.device),
-    )
-
-
 @torch.library.custom_op(
     "gfnode_fast::propagate_joint_bwd",
     mutates_args=(),
@@ -287,36 +207,10 @@ def _propagate_joint_bwd(
 
 
 @_propagate_joint_bwd.register_fake
-def _(
-    grad: Tensor,
-    y0: Tensor,
-    weight: Tensor,
-    slope: Tensor | None,
-    times: Tensor,
-    record: Tensor,
-    steps: Tensor,
-    starts: Tensor,
-    solver: str,
-    rtol: float,
-    atol: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y0, weight, slope, *_ = inputs
     grad_slope = y0.new_empty(slope.shape if slope is not None else (0,))
     return y0.new_empty(y0.shape), weight.new_empty(weight.shape), grad_slope
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.solver, ctx.rtol, ctx.atol, _ = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:4])
-
-
-def _pull(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grad_y0, grad_weight, grad_slope = _propagate_joint_bwd(
-        grad, *ctx.saved_tensors, ctx.solver, ctx.rtol, ctx.atol
-    )
-    wants_slope = ctx.needs_input_grad[2]
-    slope = grad_slope if wants_slope else None
-    return grad_y0, grad_weight, slope, None, None, None, None, None
-
-
-_propagate_joint.register_autograd(_pull, setup_context=_save)
+register_solve(_propagate_joint, _propagate_joint_bwd)

@@ -8,13 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gfnode_fast.ops.joint_operator import FSAL
 from gfnode_fast.ops.joint_status import check_joint_status
 from gfnode_fast.ops.mode_rhs import right_hand_side
 from gfnode_fast.ops.mode_rhs_folded import fold_attention_in_time
 from gfnode_fast.ops.mode_rhs_registered import LARGEST_C
 from gfnode_fast.ops.propagate_attention import LARGEST_M, attention_on_triton
 from gfnode_fast.ops.propagate_exact import check_status, exact_on_triton
-from gfnode_fast.ops.propagate_joint import FSAL, joint_on_triton
+from gfnode_fast.ops.propagate_joint import joint_on_triton
 from gfnode_fast.reference.propagator import LinearBasisRHS, ModeODE
 from gfnode_fast.solvers.mode import SolverMode
 from gfnode_fast.solvers.rhs import LinearRHS

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.kernels import propagate_joint_launch as launch
+from gfnode_fast.ops.joint_operator import FSAL
 from gfnode_fast.ops.joint_status import DONE, UNDERFLOW, check_joint_status
-from gfnode_fast.ops.propagate_joint import FSAL, polynomial_table, propagate_joint
+from gfnode_fast.ops.propagate_joint import polynomial_table, propagate_joint
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.solvers.tableau import ADAPTIVE
 from op_checks import (
