@@ -1,4 +1,4 @@
-"""The training loop: exact resume, guarded updates, no host synchronisation between readings."""
+"""A training run: position, epochs, exact resume, validation and checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,6 @@ from torch import Tensor
 
 from gfnode_fast.data import WindowDataset, save_windows
 from gfnode_fast.nn import FourierMD
-from gfnode_fast.solvers.errors import SolverError
-from gfnode_fast.training.averaging import WeightAverage
 from gfnode_fast.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -35,21 +33,13 @@ from gfnode_fast.training.config import (
 )
 from gfnode_fast.training.events import (
     Callback,
-    NonFiniteLossError,
     Status,
     TrainEvent,
     TrainResult,
 )
 from gfnode_fast.training.interruption import interruptions
 from gfnode_fast.training.metrics import MetricsLog
-from gfnode_fast.training.optimizer import (
-    GuardedAdam,
-    clip_to_norm,
-    learning_rate,
-    optimizer_groups,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from gfnode_fast.training.optimizer import learning_rate
 from gfnode_fast.training.problem import (
     build_model,
     forked_random_state,
@@ -61,6 +51,7 @@ from gfnode_fast.training.problem import (
     warn_if_modes_cut,
 )
 from gfnode_fast.training.ranks import Ranks, joined_ranks, local_device
+from gfnode_fast.training.step import BatchStep, derived_seed, naming_failed_solves
 
 
 @dataclass
@@ -125,12 +116,8 @@ def train(
 
 def epoch_order(seed: int, epoch: int, num_windows: int) -> Tensor:
     """The order of the training windows in an epoch: a function of seed and epoch alone."""
-    generator = torch.Generator().manual_seed(_seed(seed, epoch))
+    generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
     return torch.randperm(num_windows, generator=generator)
-
-
-def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
 
 
 @torch.no_grad()
@@ -189,16 +176,7 @@ class _Run:
         self.val_set = self.problem.dataset("val", dtype=dtype, device=device)
         torch.manual_seed(config.optim.seed)
         self.model = build_model(config, self.problem.trajectory.num_atoms).to(device, dtype)
-        optim = config.optim
-        self.optimizer = GuardedAdam(
-            self.model.parameters(),
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            decoupled=optim.optimizer == "adamw",
-        )
-        self.average = WeightAverage(self.model, optim.ema_decay) if optim.ema_decay else None
-        # Loss and gradient norm of the steps since the last reading, by step % log_every.
-        self.readings = torch.zeros(config.log_every, 2, dtype=dtype, device=device)
+        self.step = BatchStep(config, self.model, self.train_set, ranks)
         self.position = _Position()
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -280,96 +258,29 @@ class _Run:
         return "max_seconds" if self.ranks.any(late, self.device) else None
 
     def _step(self, index: Tensor) -> None:
-        optim, position = self.config.optim, self.position
-        if self.ranks.count > 1 and self.config.model.use_vae:
-            torch.manual_seed(_seed(optim.seed, position.step, self.ranks.rank))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), dtype=self.readings.dtype, device=self.device)
-        for part, weight in self._parts(index):
-            share = self._loss(part) * weight
-            share.backward()
-            loss += share.detach()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.ranks.sum([loss, *gradients])
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if optim.clip_norm is not None:
-            clip_to_norm(gradients, norm, optim.clip_norm)
-        reading = torch.stack((loss, norm))
-        self.optimizer.set_lr(self._lr())
-        self.optimizer.guarded_step(torch.isfinite(reading).all())
-        self.readings[position.step % len(self.readings)] = reading
+        position = self.position
+        self.step(index, position.step, position.epoch)
         position.step, position.batch = position.step + 1, position.batch + 1
-        if self.average is not None:
-            self.average.update(position.step)
-        if position.step % len(self.readings) == 0:
-            self._read()
+        if position.step % self.config.log_every == 0:
+            loss, norm = np.mean(self._check_readings(), axis=0)
+            self._record("train", loss=float(loss), grad_norm=float(norm))
 
-    def _parts(self, index: Tensor) -> list[tuple[Tensor, float]]:
-        """What this rank runs of a batch, one after the other, and the weight of each part."""
-        own = self.ranks.share(index)
-        if len(own) == 0:  # gradients are summed over the ranks: one window, which does not count
-            return [(index[:1], 0.0)]
-        parts = own.tensor_split(min(self.config.optim.accumulate, len(own)))
-        return [(part, len(part) / len(index)) for part in parts]
-
-    def _loss(self, index: Tensor) -> Tensor:
-        batch = self.train_set.batch(index)
-        with self._naming_failed_solves(f"at step {self.position.step + 1}"):
-            predicted, _, _, kld = self.model(**batch.inputs())
-        loss: Tensor = (predicted - batch.target).square().mean()
-        if self.config.model.use_vae:
-            loss = loss + self.config.optim.kl_weight * kld
-        return loss
+    def _check_readings(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return self.step.read(self.position.step)
 
     def _lr(self) -> float:
         return learning_rate(self.config.optim, self.position.step, self.position.epoch)
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """The model has the weights to be judged and kept as best: the average, if there is one."""
-        return self.average.applied() if self.average else contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def _naming_failed_solves(self, where: str) -> Iterator[None]:
-        try:
-            yield
-        # AssertionError: torchdiffeq's word for a step size that is 0 or NaN.
-        except (SolverError, AssertionError) as error:
-            raise NonFiniteLossError(
-                f"train: `loss` must be finite, got a failed ODE solve ({error}) {where}; "
-                f"{self._advice()}"
-            ) from error
-
-    def _read(self) -> None:
-        loss, norm = np.mean(self._check_readings(), axis=0)
-        self._record("train", loss=float(loss), grad_norm=float(norm))
-
-    def _check_readings(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Read the steps since the last multiple of ``log_every``; raise at one not finite."""
-        count = self.position.step % len(self.readings)
-        if count == 0 and self.position.step > 0:
-            count = len(self.readings)
-        values = self.readings[:count].double().cpu().numpy()
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-        if len(bad):
-            step = self.position.step - count + int(bad[0]) + 1
-            loss, norm = values[bad[0]]
-            raise NonFiniteLossError(
-                f"train: `loss` must be finite, got {loss} (gradient norm {norm}) at step {step}; "
-                f"that update was left out and the run stopped; {self._advice()}"
-            )
-        return values
-
-    def _advice(self) -> str:
-        return (
-            f"lower optim.lr or check the data. The last good checkpoint is "
-            f"{self.output / 'last.json'}"
-        )
+        average = self.step.average
+        return average.applied() if average else contextlib.nullcontext()
 
     def _validate(self) -> None:
         self._check_readings()
         position, optim = self.position, self.config.optim
         where = f"in the validation after step {position.step}"
-        with self._naming_failed_solves(where), self._averaged():
+        with naming_failed_solves(self.config, where), self._averaged():
             mse, last = mean_squared_errors(
                 self.model,
                 self.val_set,
@@ -431,14 +342,11 @@ class _Run:
             "position": dataclasses.asdict(self.position),
         }
         if name == "last":
-            moments = optimizer_tensors(self.optimizer)
-            state |= {f"optimizer.{k}": t for k, t in moments.items()}
-            state |= {"random.cpu": torch.get_rng_state(), "readings": self.readings}
+            state |= self.step.tensors()
+            state["random.cpu"] = torch.get_rng_state()
             if self.device.type == "cuda":
                 state["random.cuda"] = torch.cuda.get_rng_state(self.device)
-            manifest["optimizer_groups"] = optimizer_groups(self.optimizer)
-            if self.average is not None:
-                state |= {f"average.{k}": t for k, t in self.average.tensors().items()}
+            manifest["optimizer_groups"] = self.step.groups()
         write_checkpoint(
             self.output, name, model=self.model.state_dict(), state=state, manifest=manifest
         )
@@ -459,15 +367,8 @@ class _Run:
                 f"({stored_device}), got {self.device.type}; resume it on such a machine"
             )
         self.model.load_state_dict(checkpoint.model)
-        restore_optimizer(
-            self.optimizer,
-            checkpoint.section("optimizer"),
-            checkpoint.manifest["optimizer_groups"],
-        )
-        if self.average is not None:
-            self.average.restore(checkpoint.section("average"))
+        self.step.restore(checkpoint)
         self.position = _Position(**checkpoint.manifest["position"])
-        self.readings.copy_(checkpoint.state["readings"])
         torch.set_rng_state(checkpoint.state["random.cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint.state["random.cuda"], self.device)

@@ -76,10 +76,10 @@ def test_another_number_of_ranks_goes_on(alone, trajectory_file, tmp_path):
 _FAILING = """
 import os, sys
 if os.environ["RANK"] == "1":
-    from gfnode_fast.training import loop
-    def broken(self, index):
+    from gfnode_fast.training import step
+    def broken(self, index, number):
         raise RuntimeError("broken: `rank` must hold, got a failure; mend it")
-    loop._Run._loss = broken
+    step.BatchStep._loss = broken
 from gfnode_fast.cli.main import main
 sys.exit(main())
 """
