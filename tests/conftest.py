@@ -1,4 +1,7 @@
-"""What holds for every test: where kernels run, the `gpu` marker, poisoned memory, one thread."""
+"""What holds for every test: where kernels run, the `gpu` marker, poisoned memory, one thread.
+
+And a small training run, for the tests of several directories.
+"""
 
 from __future__ import annotations
 
@@ -96,6 +99,26 @@ def _why_no_gpu() -> str | None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (reason := _why_no_gpu()):
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def trajectory_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from small_run import small_trajectory  # not above: it imports the package
+
+    path = tmp_path_factory.mktemp("trajectory") / "small.npz"
+    small_trajectory().save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(trajectory_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A completed run; tests must not write into it."""
+    from gfnode_fast.training import train
+    from small_run import small_config
+
+    output = tmp_path_factory.mktemp("run") / "finished"
+    train(small_config(trajectory_file, output))
+    return output
 
 
 @pytest.hookimpl(wrapper=True)

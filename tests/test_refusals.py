@@ -103,7 +103,7 @@ FORWARD_REFUSALS: list[tuple[dict[str, Any], Change, type[Exception], str]] = [
 def test_constructor_refuses(
     model: Any, changes: dict[str, Any], error: type[Exception], argument: str
 ) -> None:
-    with pytest.raises(error, match=rf"^FourierMD: `{argument}` must be .*, got .*; "):
+    with pytest.raises(error, match=rf"^GF-NODE: `{argument}` must be .*, got .*; "):
         model(**constructor(**changes))
 
 
@@ -117,7 +117,7 @@ def test_forward_refuses(
     change(given)
     with pytest.raises(error) as caught:
         built(**given)
-    assert str(caught.value).startswith(f"FourierMD: `{argument}` must be ")
+    assert str(caught.value).startswith(f"GF-NODE: `{argument}` must be ")
     assert "; " in str(caught.value)
 
 

@@ -184,6 +184,10 @@ def predict_command(
         raise ConfigError(
             f"predict: `output` must end in .extxyz or .xyz, got {output!r}; rename it"
         )
+    if not path.parent.is_dir():
+        raise ConfigError(
+            f"predict: `output` must be in a directory that exists, got {output!r}; make it first"
+        )
     if trajectory is None and dt_fs is not None:
         raise ConfigError(
             f"predict: `dt_fs` must be left out without `trajectory`, got {dt_fs}; "

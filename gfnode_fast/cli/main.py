@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gfnode_fast._version import __version__
 from gfnode_fast.cli import commands, console
 from gfnode_fast.data import SimulationError, TrajectoryError
 from gfnode_fast.solvers import SolverError
@@ -52,7 +53,7 @@ _WITH_CONFIG: dict[str, tuple[_Command, tuple[str, ...]]] = {
 
 # "op: `name` must be …" is how this package words what is wrong with an argument; any other
 # ValueError, TypeError or RuntimeError is a defect and keeps its traceback.
-_ABOUT_AN_ARGUMENT = re.compile(r"[\w .]+: `[^`]+` must ")
+_ABOUT_AN_ARGUMENT = re.compile(r"[\w .-]+: `[^`]+` must ")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +98,11 @@ def _bad_input(message: str) -> int:
 
 def _parser() -> tuple[Any, Callable[[Any], int]]:
     """The parser, and what runs the arguments that it parsed."""
-    parser = _new_parser(prog="gfnode-fast", description="Graph Fourier Neural ODEs, fast.")
+    parser = _new_parser(
+        prog="gfnode-fast",
+        description="Graph Fourier Neural ODEs, fast.",
+        version=__version__,
+    )
     subcommands = parser.add_subcommands(required=True, dest="command")
     for name, command in _COMMANDS.items():
         subcommands.add_subcommand(name, _command_parser(command), help=_summary(command))

@@ -211,7 +211,7 @@ def _layers(request: Request, device: torch.device, dtype: torch.dtype, autocast
         return backend
     if device.type == "cuda":
         unserved = _why_not_triton(request.layer_activation, dtype)
-        return Part(*choose_backend("FourierMD", "auto", device, unserved=unserved))
+        return Part(*choose_backend("GF-NODE", "auto", device, unserved=unserved))
     problem = _why_not_cpp(request.layer_activation, device, dtype)
     if problem is None:
         return Part("cpp", "measured fastest on the CPU in float32 with SiLU or Tanh")
@@ -247,7 +247,7 @@ def _solve(request: Request, ode: ModeODE | None, device: torch.device, dtype: t
     if backend.backend == "auto" and device.type == "cuda":
         unserved = why_no_triton_solve(ode, request.solver_mode)
         unserved = unserved or unserved_by_triton(dtype, ode.ode_func.weights1.shape[2])
-        chosen, reason = choose_backend("FourierMD", "auto", device, unserved=unserved)
+        chosen, reason = choose_backend("GF-NODE", "auto", device, unserved=unserved)
         if chosen == "triton":
             return Part(chosen, reason)
         why = f"; no Triton: {reason}"

@@ -114,7 +114,7 @@ class FourierMD(reference.FourierMD):
                 layer.difference = edge_differences  # the same, and safe in torch.compile
         self.backend, self.backend_reason = request.backend, request.reason
         self.precision = precision
-        check_mode_of("FourierMD", solver_mode, self.freq_conv.t_conv, self.backend)
+        check_mode_of("GF-NODE", solver_mode, self.freq_conv.t_conv, self.backend)
         self.solver_mode = solver_mode
         check_request(self._request())
         self.last_solve = {"freq_conv": SolveStats(), "freq_conv_x": SolveStats()}
@@ -163,7 +163,7 @@ class FourierMD(reference.FourierMD):
         parts = self._chosen.get(key)
         if parts is None:
             if not torch.compiler.is_compiling():
-                check_mode_of("FourierMD", self.solver_mode, self.freq_conv.t_conv, self.backend)
+                check_mode_of("GF-NODE", self.solver_mode, self.freq_conv.t_conv, self.backend)
                 check_request(self._request())
             parts = choose_parts(self._request(), weight.device, weight.dtype, autocast)
             self._chosen[key] = parts

@@ -25,8 +25,8 @@ Edges = Tensor | Sequence[Tensor]
 def refuse(
     error: type[Exception], argument: str, expected: str, got: object, remedy: str
 ) -> NoReturn:
-    """Raise `error` in the one form that all of this model's messages have."""
-    raise error(f"FourierMD: `{argument}` must be {expected}, got {got}; {remedy}")
+    """Raise `error` in the form of all messages of the published model and of `GFNODE`."""
+    raise error(f"GF-NODE: `{argument}` must be {expected}, got {got}; {remedy}")
 
 
 def describe(value: object) -> str:

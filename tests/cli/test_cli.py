@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+import gfnode_fast
 from gfnode_fast.cli import commands, console
 from gfnode_fast.cli.main import main
 from gfnode_fast.training import (
@@ -81,6 +82,7 @@ def test_resume(config_file, tmp_path, capsys):
         (["evaluate", "nowhere"], "nowhere"),
         (["evaluate", "nowhere", "--spilt", "test"], "spilt"),
         (["predict", "nowhere", "--output", "x.pdb"], "must end in .extxyz"),
+        (["predict", "nowhere", "--output", "no/x.xyz"], "`output` must be in a directory that"),
         (["check", "nowhere.pt"], "nowhere.pt"),
         (["data"], "subcommand"),
         (["data", "inspect", "nowhere.npz"], "nowhere.npz"),
@@ -203,6 +205,13 @@ def test_info(capsys):
     assert "torch" in capsys.readouterr().out
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["packages"]["torch"] == torch.__version__
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"gfnode-fast {gfnode_fast.__version__}\n"
 
 
 def test_inspect(trajectory_file, capsys):

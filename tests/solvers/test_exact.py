@@ -387,7 +387,7 @@ PER_MOLECULE: dict[str, Any] = {"solver_mode": "per_molecule"}
 def test_refused_at_construction(
     changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=f"FourierMD: .*{message}"):
+    with pytest.raises(error, match=f"GF-NODE: .*{message}"):
         gfnode_fast.FourierMD(**constructor(), **changes)
 
 
