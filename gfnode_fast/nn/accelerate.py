@@ -93,7 +93,7 @@ def accelerate(
     backend: str | None = "auto",
     precision: str = "fp32",
     solver_mode: SolverMode = "joint",
-    recompute: bool = False,
+    recompute: bool | None = None,
     **arguments: Any,
 ) -> nn.Module:
     """Give an existing model of the published kind the forward of `gfnode_fast.FourierMD`.

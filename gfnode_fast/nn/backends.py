@@ -48,6 +48,8 @@ class BackendReport:
         requested: the backend asked for, and how it was.
         precision: of the graph layers' matrix products.
         device, dtype: of the parameters, which the choice depends on.
+        recompute: whether backward computes edge intermediates again; None where they exceed a
+            budget (see `FourierMD`).
         parts: encoder and decoder layers, the graph Fourier transform and its inverse, the solves
             of features and coordinates.
     """
@@ -56,13 +58,16 @@ class BackendReport:
     precision: str
     device: str
     dtype: str
+    recompute: bool | None
     parts: Mapping[str, Part]
 
     def __str__(self) -> str:
         asked = f"backend {self.requested.backend} ({self.requested.reason})"
         width = max(map(len, self.parts))
         rows = (f"  {name:{width}}  {p.backend}: {p.reason}" for name, p in self.parts.items())
-        return "\n".join((f"{asked}, {self.precision}, {self.dtype} on {self.device}", *rows))
+        again = {None: "beyond a budget", True: "always", False: "never"}[self.recompute]
+        where = f"{self.precision}, {self.dtype} on {self.device}"
+        return "\n".join((f"{asked}, {where}, edges computed again in backward: {again}", *rows))
 
 
 @dataclass(frozen=True)

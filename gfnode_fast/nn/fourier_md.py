@@ -24,7 +24,7 @@ from gfnode_fast.nn.backends import (
     choose_parts,
     requested_backend,
 )
-from gfnode_fast.nn.graph_layers import apply_layer
+from gfnode_fast.nn.graph_layers import apply_layer, layers_kept
 from gfnode_fast.ops.edge_differences import edge_differences
 from gfnode_fast.ops.graph_layers_torch import State
 from gfnode_fast.ops.propagate import check_mode_of, propagate
@@ -59,9 +59,13 @@ class FourierMD(reference.FourierMD):
             device and dtype, at the first use. It never falls back.
         precision: of the graph layers' matrix products: "fp32"; "tf32" and "bf16" need the Triton
             kernels, hence a GPU.
-        recompute: keep only node states of the graph layers for backward and compute their edge
-            quantities again there: slower, with less memory. No effect with backend="reference",
-            nor with "triton", which never keeps them.
+        recompute: True keeps only node states of the graph layers for backward and computes their
+            edge quantities again there: slower, with less memory. False keeps these. None, the
+            default, keeps them in as many layers as fit into 768 MiB for the encoder and as much
+            for the decoder, the last ones, and computes the others again; sizes alone decide. The
+            choice changes rounding alone, and no bit of what C++ layers put out. In graphs of
+            torch.compile None is False. No effect with backend="reference", nor with "triton",
+            which never keeps them.
         solver_mode: how steps are chosen (`gfnode_fast.solvers`). "joint", the published solver's
             steps for the whole batch; "per_molecule", adaptive steps of each molecule's own, so
             that an answer does not depend on batch mates; "exact", no solver at all, where modes do
@@ -101,13 +105,14 @@ class FourierMD(reference.FourierMD):
         backend: str | None = "auto",
         precision: str = "fp32",
         solver_mode: SolverMode = "joint",
-        recompute: bool = False,
+        recompute: bool | None = None,
         **kwargs: Any,
     ) -> None:
         request = requested_backend(backend)
         super().__init__(*args, **kwargs)
-        if not isinstance(recompute, bool):
-            refuse(TypeError, "recompute", "a bool", describe(recompute), "pass True or False")
+        if type(recompute) not in (bool, type(None)):
+            expected, remedy = "a bool or None", "pass True, False or None"
+            refuse(TypeError, "recompute", expected, describe(recompute), remedy)
         self.recompute = recompute
         for layer in (*self.encode_layers, *self.decode_layers):
             if isinstance(layer, reference.EGNNLayer):
@@ -135,6 +140,7 @@ class FourierMD(reference.FourierMD):
             precision=self.precision,
             device=str(weight.device),
             dtype=str(weight.dtype),
+            recompute=self.recompute,
             parts=dict(self._parts()),
         )
 
@@ -224,18 +230,29 @@ class FourierMD(reference.FourierMD):
         dtype = self.embedding.weight.dtype
         x, v, h, edge_fea = (tensor.to(dtype) for tensor in (*state, edge_fea))
         state = (x, v, h)
+        first_kept = self._first_kept(layers, num_copies * len(row), backend)
         with torch.autocast(x.device.type, enabled=False):
-            for layer in layers:
+            for index, layer in enumerate(layers):
                 state = apply_layer(
                     layer,
                     state,
                     edges,
                     edge_fea,
-                    recompute=self.recompute,
+                    recompute=index < first_kept,
                     backend=backend,
                     precision=self.precision,
                 )
         return state
+
+    def _first_kept(self, layers: nn.ModuleList, num_edges: int, backend: str) -> int:
+        """The first of the layers whose edge intermediates are kept for backward."""
+        if self.recompute is None:
+            if torch.compiler.is_compiling():  # which would guard on the number of edges
+                return 0
+            return len(layers) - layers_kept(
+                layers, num_edges, self.embedding.weight.dtype, backend
+            )
+        return len(layers) if self.recompute else 0
 
     def _reads_times(self) -> bool:
         parts = self._parts()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from gfnode_fast.ops.graph_layers import egnn_layer, gcn_layer, sage_layer
 from gfnode_fast.ops.graph_layers_torch import EGNNWeights, MeanWeights, MLPWeights, State
 from gfnode_fast.ops.topology import Topology
 from gfnode_fast.reference.layers import MLP, EGNNLayer, GCNLayer, SAGELayer
+
+KEPT_EDGE_BYTES = 768 * 2**20
+"""What the encoder's and the decoder's layers each keep of edges for backward by themselves."""
 
 
 def apply_layer(
@@ -51,6 +55,26 @@ def apply_layer(
         backend=backend,
         precision=precision,
     )
+
+
+def layers_kept(layers: nn.ModuleList, num_edges: int, dtype: torch.dtype, backend: str) -> int:
+    """How many of these layers, all alike, keep their edge intermediates within `KEPT_EDGE_BYTES`.
+
+    Args:
+        num_edges: of all copies of the graph.
+        backend: "cpp" or "torch".
+    """
+    layer = layers[0]
+    if isinstance(layer, EGNNLayer):
+        message, coordinate = _weights(layer.edge_message_net.scalar_net), _weights(layer.coord_net)
+        # C++ keeps the arguments of the last two activations, PyTorch arguments and values of all.
+        later = message.weight2.shape[0] + coordinate.weight0.shape[0]
+        numbers = later if backend == "cpp" else 2 * (message.weight0.shape[0] + later)
+    else:
+        assert isinstance(layer, SAGELayer | GCNLayer)
+        numbers = 0 if backend == "cpp" else 2 * _weights(layer.edge_mlp).weight0.shape[0]
+    of_a_layer = num_edges * numbers * dtype.itemsize
+    return min(len(layers), KEPT_EDGE_BYTES // of_a_layer) if of_a_layer else len(layers)
 
 
 def _weights(mlp: MLP) -> MLPWeights:

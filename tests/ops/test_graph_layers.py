@@ -547,5 +547,5 @@ def test_model_with_recomputation_equals_without(name: str, recompute: bool) -> 
 
 
 def test_recompute_must_be_a_bool() -> None:
-    with pytest.raises(TypeError, match="`recompute` must be a bool"):
+    with pytest.raises(TypeError, match="`recompute` must be a bool or None"):
         gfnode_fast.FourierMD(**constructor(), recompute=1)
