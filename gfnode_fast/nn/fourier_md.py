@@ -63,9 +63,9 @@ class FourierMD(reference.FourierMD):
             edge quantities again there: slower, with less memory. False keeps these. None, the
             default, keeps them in as many layers as fit into 768 MiB for the encoder and as much
             for the decoder, the last ones, and computes the others again; sizes alone decide. The
-            choice changes rounding alone, and no bit of what C++ layers put out. In graphs of
-            torch.compile None is False. No effect with backend="reference", nor with "triton",
-            which never keeps them.
+            choice changes rounding alone, and no bit of what C++ layers put out. On a GPU and in
+            graphs of torch.compile None is False. No effect with backend="reference", nor with
+            "triton", which never keeps them.
         solver_mode: how steps are chosen (`gfnode_fast.solvers`). "joint", the published solver's
             steps for the whole batch; "per_molecule", adaptive steps of each molecule's own, so
             that an answer does not depend on batch mates; "exact", no solver at all, where modes do
@@ -247,11 +247,11 @@ class FourierMD(reference.FourierMD):
     def _first_kept(self, layers: nn.ModuleList, num_edges: int, backend: str) -> int:
         """The first of the layers whose edge intermediates are kept for backward."""
         if self.recompute is None:
-            if torch.compiler.is_compiling():  # which would guard on the number of edges
+            weight = self.embedding.weight
+            # A graph would be guarded by the number of edges.
+            if torch.compiler.is_compiling() or not weight.is_cpu:
                 return 0
-            return len(layers) - layers_kept(
-                layers, num_edges, self.embedding.weight.dtype, backend
-            )
+            return len(layers) - layers_kept(layers, num_edges, weight.dtype, backend)
         return len(layers) if self.recompute else 0
 
     def _reads_times(self) -> bool:
