@@ -24,9 +24,10 @@ from torch import Tensor
 
 from benchmarks import environment
 from benchmarks.agreement import relative_error
+from benchmarks.formatting import SCHEMA, heading
 from benchmarks.operations import make_task
 from benchmarks.registry import MODELS, Row
-from benchmarks.report import SCHEMA, accuracy_table, heading
+from benchmarks.report import accuracy_table
 from benchmarks.task import Unavailable
 from benchmarks.timing import interleaved
 

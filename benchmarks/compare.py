@@ -17,7 +17,8 @@ from typing import Any
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.report import factor, is_timed, load
+from benchmarks.formatting import factor, is_timed
+from benchmarks.report import load
 
 SAME_MACHINE = ("device", "hardware", "threads")
 

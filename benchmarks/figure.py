@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.report import heading, is_timed
+from benchmarks.formatting import heading, is_timed
 
 # Okabe and Ito's colours, distinguishable by everyone.
 COLOURS = {

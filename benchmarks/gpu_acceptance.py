@@ -40,10 +40,11 @@ from benchmarks.accuracy import accuracy
 from benchmarks.agreement import Checker
 from benchmarks.baselines import c1
 from benchmarks.ceilings import measure_ceilings
+from benchmarks.formatting import heading
 from benchmarks.measure import Effort, measure
 from benchmarks.operations import make_task
 from benchmarks.registry import Row, contenders, gpu_core_rows, gpu_matrix_rows
-from benchmarks.report import accuracy_table, heading, table
+from benchmarks.report import accuracy_table, table
 from benchmarks.run import SCHEMA, failures, write
 from benchmarks.task import Unavailable
 

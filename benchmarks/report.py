@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-SCHEMA = 1
+from benchmarks.formatting import SCHEMA, factor, heading, is_timed, seconds, size
+
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 COLUMNS = (
@@ -49,25 +49,6 @@ def load(path: Path) -> dict[str, Any]:
             f"schema {result.get('schema')!r}; measure again"
         )
     return result
-
-
-def seconds(value: float) -> str:
-    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if value >= scale or unit == "µs":
-            return f"{value / scale:.3g} {unit}"
-    raise AssertionError
-
-
-def size(value: int) -> str:
-    return f"{value / 2**30:.2f} GB" if value >= 2**30 else f"{value / 2**20:.1f} MB"
-
-
-def factor(value: float) -> str:
-    return f"{value:.0f}×" if value >= 100 else f"{value:.3g}×"
-
-
-def is_timed(found: dict[str, Any]) -> bool:
-    return "median_s" in found
 
 
 def cell(found: dict[str, Any]) -> str:
@@ -113,29 +94,6 @@ def _bandwidth(
         return ""
     rate = least / found["median_s"]
     return f"{rate / 1e9:.3g} GB/s, {rate / ceilings['copy_bytes_per_s']:.0%} of a copy"
-
-
-def heading(about: dict[str, Any], rows: Iterable[dict[str, Any]] = ()) -> str:
-    """Hardware, versions, commit and load of a result; rows may come from further commits."""
-    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
-    commit = (about["commit"] or "unknown")[:12]
-    if about["modified_files"]:
-        commit += f" + {about['modified_files']} modified files"
-    where = f"{about['hardware']}"
-    if about["device"] == "cpu":
-        where += f", {about['threads']} thread(s) of {about['cores']} cores"
-        if about.get("pinned"):
-            where += f", pinned to core {', '.join(map(str, about['pinned']))}"
-    rows = list(rows)
-    others = {row["commit"] for row in rows if row.get("commit")} - {about["commit"]}
-    if others:
-        commit += ", some rows " + ", ".join(sorted(other[:12] for other in others))
-    loads = [row["load_average"][0] for row in rows if "load_average" in row]
-    loads = loads or [about["load_average"][0]]
-    return (
-        f"{where}; Python {about['python']}, {versions}; commit {commit}; load average "
-        f"{min(loads)} to {max(loads)}"
-    )
 
 
 def table(result: dict[str, Any]) -> str:

@@ -31,9 +31,10 @@ import torch
 from benchmarks import environment
 from benchmarks.agreement import Checker
 from benchmarks.ceilings import higher, measure_ceilings
+from benchmarks.formatting import SCHEMA
 from benchmarks.measure import QUICK, Effort, measure
 from benchmarks.registry import SETS, Row, contenders, select
-from benchmarks.report import SCHEMA, load, table
+from benchmarks.report import load, table
 
 
 def measure_all(

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from benchmarks.rounded import rounded_graph_layers
 from gfnode_fast.ops import graph_layers_triton as on_triton
 from gfnode_fast.ops.graph_layers import egnn_layer
 from gfnode_fast.ops.graph_layers_torch import EGNNWeights, MLPWeights
@@ -97,51 +97,16 @@ def test_displacements_are_clamped() -> None:
         assert relative_error(got[key], expected[key]) < TOLERANCES[torch.float32], key
 
 
-def rounded(x: Tensor, precision: str) -> Tensor:
-    """To the nearest value of the mode, in float64."""
-    if precision == "bf16":
-        return x.float().bfloat16().double()
-    bits = x.float().view(torch.int32)
-    return ((bits + 0x1000) & -0x2000).view(torch.float32).double()
-
-
-class RoundedLinear(torch.autograd.Function):
-    """A linear map whose products, backward too, see rounded operands."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, weight: Tensor, precision: str) -> Tensor:
-        ctx.save_for_backward(a, weight)
-        ctx.precision = precision
-        return rounded(a, precision) @ rounded(weight, precision).T
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        a, weight = (rounded(t, ctx.precision) for t in ctx.saved_tensors)
-        grad = rounded(grad, ctx.precision)
-        return grad @ weight, grad.flatten(0, -2).T @ a.flatten(0, -2), None
-
-
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize("variant", ["egnn", "sage"])
-def test_reduced_precision_rounds_operands(
-    variant: str, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reduced_precision_rounds_operands(variant: str, precision: str) -> None:
     num_nodes, edges = edges_of("unsorted")
     layer = make_layer(width=16, **VARIANTS[variant])
     given = make_inputs(num_nodes, edges, 1, 16)
     # operands that float32 holds, so that both round the same numbers in the first product
     layer, given = layer.float().double(), cast(cast(given, torch.float32), torch.float64)
     exact = values(published, layer, given, num_nodes, edges)
-    exact_linear = F.linear
-
-    def linear(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if weight.shape[0] == 1:  # scalars of an MLP are sums, not products of matrices
-            return exact_linear(a, weight, bias)
-        out = RoundedLinear.apply(a, weight, precision)
-        return out if bias is None else out + bias
-
-    with monkeypatch.context() as patch:
-        patch.setattr(F, "linear", linear)
+    with rounded_graph_layers(precision):
         expected = values(ours, layer, given, num_nodes, edges, backend="torch")
     layer, given = layer.float(), cast(given, torch.float32)
     options = {"backend": "triton", "precision": precision}
