@@ -17,6 +17,7 @@ if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.formatting import SCHEMA, factor, heading, is_timed, seconds, size
+from benchmarks.training_tables import TABLES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
@@ -37,7 +38,7 @@ README_ROWS = [
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a result file of run.py or accuracy.py.
+    """Read a result file of this folder's scripts.
 
     Raises:
         ValueError: it is none, or of another schema.
@@ -149,6 +150,9 @@ def readme_section(results: list[dict[str, Any]]) -> str:
         "quartiles, memory, agreement and every other row."
     ]
     for result in results:
+        if "kind" in result:
+            parts += ["", heading(result["about"]), "", TABLES[result["kind"]](result)]
+            continue
         if "modes" in result:
             parts += ["", heading(result["about"]), "", accuracy_table(result)]
             continue
@@ -214,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--png needs a result file")
     results = [load(path) for path in options.results]
     for result in results:
-        print(table(result))
+        print(TABLES[result["kind"]](result) if "kind" in result else table(result))
     if options.png:
         from benchmarks.figure import draw  # matplotlib only where it is asked for
 
