@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.formatting import factor
+
 
 def equivalence_table(result: dict[str, Any]) -> str:
     """Verdict and distances of every precision, from a result of equivalence.py."""
@@ -29,4 +31,42 @@ def equivalence_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"equivalence": equivalence_table}
+def end_to_end_table(result: dict[str, Any]) -> str:
+    """Samples per second of whole training steps, from a result of end_to_end.py."""
+    lines = [
+        "Samples per second of `gfnode-fast train`, data loading included, of the same model's "
+        "step on a fixed batch, and of the published recipe (reference model, per-item loader):",
+        "",
+        "| | train | bare step | published | train against bare step | published |",
+        "|" + " --- |" * 6,
+    ]
+    for entry in result["batches"]:
+        found, ratios = entry["contenders"], entry["ratios"]
+        label = f"B = {entry['batch']}"
+        if entry["accumulate"] > 1:
+            label += f" in {entry['accumulate']} parts"
+        for suffix in ("", " Triton"):
+            name = f"train{suffix}"
+            if name not in found:
+                continue
+            bare = f"bare step{suffix}"
+            against = ratios.get(f"{name} / published")
+            cells = [
+                label + suffix,
+                _rate(found[name]),
+                _rate(found[bare]),
+                _rate(found["published"]),
+                f"{ratios[f'{name} / {bare}']:.1%}",
+                "" if against is None else factor(against),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _rate(found: dict[str, Any]) -> str:
+    if "samples_per_s" not in found:
+        return f"{found['status']}: {found['reason']}"
+    return f"{found['samples_per_s']:.3g}" + (" (n = 1)" if found["n"] == 1 else "")
+
+
+TABLES = {"equivalence": equivalence_table, "end_to_end": end_to_end_table}

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import equivalence
+from benchmarks import end_to_end, equivalence
+from benchmarks.baselines.published_loop import ItemDataset, flattened, published_steps
 from benchmarks.equivalence_figure import draw
 from benchmarks.rounded import rounded, rounded_graph_layers
 from benchmarks.training_runs import Watch
-from benchmarks.training_tables import equivalence_table
+from benchmarks.training_tables import TABLES, end_to_end_table, equivalence_table
+from gfnode_fast import FourierMD, reference
+from gfnode_fast.data import WindowDataset, build_graph, draw_windows, load_sample
 from gfnode_fast.ops import graph_layers_torch
 from gfnode_fast.training import TrainEvent
 
@@ -84,3 +87,43 @@ def test_steps_are_timed_between_readings(monkeypatch: pytest.MonkeyPatch) -> No
     assert watch.step_seconds() == [2.0, 0.5]
     assert watch.step_seconds(warm=2) == [0.5]
     assert watch.val_mse == [2.0]
+
+
+def test_the_published_loader_gives_the_same_batches() -> None:
+    trajectory = load_sample("ethanol")
+    graph = build_graph(trajectory.positions[0], trajectory.numbers)
+    sizes = {"num_timesteps": 2, "delta_frame": 10, "sizes": (4, 1, 1), "seed": 0}
+    windows = draw_windows(trajectory, **sizes)["train"]
+    items = ItemDataset(trajectory, graph, windows)
+    expected = WindowDataset(trajectory, graph, windows).batch(torch.tensor([2, 0]))
+    got = flattened(torch.utils.data.default_collate([items[2], items[0]]), graph)
+    for name, value in expected._asdict().items():
+        torch.testing.assert_close(getattr(got, name), value, rtol=1e-6, atol=1e-7, msg=name)
+    options = {"num_timesteps": 2, "delta_frame": 10, "num_atoms": 3, "fourier_basis": "graph"}
+    model = reference.FourierMD(2, 2, 5, 8, with_v=True, time_emb_dim=4, **options)
+    same = FourierMD(2, 2, 5, 8, with_v=True, time_emb_dim=4, **options)
+    same.load_state_dict(model.state_dict())
+    torch.manual_seed(0)
+    steps = published_steps(model, items, 4, 1e-3, 0.0)  # all windows at once, in any order
+    batch = WindowDataset(trajectory, graph, windows).batch(torch.arange(4))
+    loss = (same(**batch.inputs())[0] - batch.target).square().mean()
+    torch.testing.assert_close(next(steps), loss.detach(), rtol=1e-4, atol=0)
+    assert next(steps) < loss
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    much = end_to_end.Effort(log_every=1, readings=2, rounds=1, accumulate=2)
+    found = end_to_end.measure_batch(
+        2, CPU, much, tmp_path, published_limit_s=60.0, molecule="ethanol"
+    )
+    assert found["contenders"]["train"]["n"] == found["contenders"]["bare step"]["n"] == 2
+    assert found["contenders"]["published"]["n"] == 1
+    assert set(found["ratios"]) == {"train / published", "train / bare step"}
+    without = end_to_end.measure_batch(
+        3, CPU, much, tmp_path, published_limit_s=0.0, molecule="ethanol"
+    )
+    assert "the limit is 0 s" in without["contenders"]["published"]["reason"]
+    text = end_to_end_table({"batches": [found, without]})
+    assert "| B = 2 in 2 parts |" in text
+    assert "skipped: about" in text
+    assert set(TABLES) == {"equivalence", "end_to_end"}
