@@ -2,6 +2,7 @@
 
 from gfnode_fast.data.compact import write_compact
 from gfnode_fast.data.dataset import Batch, WindowDataset
+from gfnode_fast.data.files import WriteError
 from gfnode_fast.data.graph import PUBLISHED_RIGID_BONDS, MolecularGraph, build_graph
 from gfnode_fast.data.inspection import Inspection, inspect_trajectory
 from gfnode_fast.data.readers import load_trajectory
@@ -23,6 +24,7 @@ __all__ = [
     "TrajectoryError",
     "WindowDataset",
     "Windows",
+    "WriteError",
     "build_graph",
     "draw_windows",
     "inspect_trajectory",

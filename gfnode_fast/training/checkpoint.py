@@ -72,28 +72,41 @@ def write_checkpoint(
         The path of the manifest, ``directory/name.json``.
 
     Raises:
+        WriteError: no space or no permission. The checkpoint that was there stands, and nothing
+            of the new one stays behind.
         RuntimeError: the package ``safetensors`` is not installed.
     """
     safetensors = _safetensors()
-    files = {}
-    for part, tensors in (("model", model), ("state", state)):
-        plain = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
-        packed = safetensors.save(plain)
-        digest = hashlib.sha256(packed).hexdigest()
-        file = directory / f"{name}-{digest[:16]}.{part}.safetensors"
-        if not file.exists():
-            with atomic_write(file) as stream:
-                stream.write(packed)
-        files[part] = {"name": file.name, "sha256": digest}
     path = directory / f"{name}.json"
-    content = {"format": FORMAT, "version": VERSION, "files": files, **manifest}
-    write_json(path, {**content, "sha256": _digest(content)})
+    files = {}
+    try:
+        for part, tensors in (("model", model), ("state", state)):
+            plain = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
+            packed = safetensors.save(plain)
+            digest = hashlib.sha256(packed).hexdigest()
+            file = directory / f"{name}-{digest[:16]}.{part}.safetensors"
+            if not file.exists():
+                with atomic_write(file) as stream:
+                    stream.write(packed)
+            files[part] = {"name": file.name, "sha256": digest}
+        content = {"format": FORMAT, "version": VERSION, "files": files, **manifest}
+        write_json(path, {**content, "sha256": _digest(content)})
+    finally:
+        _remove_stale(path)
+    return path
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what the manifest at ``path``, if any, does not name.
+
+    Of earlier checkpoints, of a write that failed, and of a process that was killed while writing.
+    """
+    files = json.loads(path.read_bytes())["files"] if path.exists() else {}
     current = {entry["name"] for entry in files.values()}
-    # Of earlier checkpoints, and of a process that was killed while writing.
+    name, directory = path.stem, path.parent
     for stale in (*directory.glob(f"{name}-*.safetensors"), *directory.glob(f".{name}*.tmp")):
         if stale.name not in current:
             stale.unlink()
-    return path
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -127,6 +140,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         RuntimeError: the package ``safetensors`` is not installed.
     """
     safetensors = _safetensors()
+    from safetensors import SafetensorError
+
     path = find_checkpoint(path)
     try:
         manifest = json.loads(path.read_bytes())
@@ -149,7 +164,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         digest = hashlib.sha256(content).hexdigest()
         if digest != entry["sha256"]:
             raise _broken(file, f"of SHA-256 {entry['sha256'][:16]}…", f"{digest[:16]}…")
-        parts[part] = safetensors.load(content)
+        try:
+            parts[part] = safetensors.load(content)
+        except SafetensorError as error:
+            raise _broken(file, "a safetensors file", f"{error}") from error
     return Checkpoint(path, parts["model"], parts["state"], manifest)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -53,6 +54,8 @@ from gfnode_fast.training.problem import (
 from gfnode_fast.training.ranks import Ranks, joined_ranks, local_device
 from gfnode_fast.training.step import BatchStep, derived_seed, naming_failed_solves
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class _Position:
@@ -83,7 +86,8 @@ def train(
     Args:
         config: the run.
         resume: go on from ``config.output/last.json``. On the CPU an interrupted and resumed run
-            equals an uninterrupted one bit for bit (same machine, versions and thread count).
+            equals an uninterrupted one bit for bit (same machine, versions and thread count; a
+            warning is logged where torch's version or its thread count changed).
         progress: called with a :class:`TrainEvent`; nothing is printed here.
 
     Raises:
@@ -91,6 +95,7 @@ def train(
             on resume, a configuration that differs (``output``, ``max_steps``, ``max_seconds``,
             ``checkpoint_every`` and ``tensorboard`` may).
         CheckpointError: on resume, a missing or damaged checkpoint, or changed data.
+        WriteError: a full disk, or no permission. The last checkpoint stands; resume from it.
         NonFiniteLossError: the loss or its gradient was not finite. The update of that step was
             left out and no checkpoint has been written since.
         PeerLostError: another rank ended.
@@ -330,10 +335,11 @@ class _Run:
         self.position.seconds = self._seconds()
         if self.metrics is None:
             return
+        self.metrics.synchronise()
         self.position.rows = self.metrics.num_rows
         state = {f"graph.{k}": t for k, t in graph_to_tensors(self.problem.graph).items()}
         manifest: dict[str, Any] = {
-            "torch": torch.__version__,
+            **_decides_bits(),
             "device": self.device.type,
             "config": config_to_dict(self.config),
             "num_atoms": self.problem.trajectory.num_atoms,
@@ -366,12 +372,31 @@ class _Run:
                 f"train: `device` must be of the kind that the run was started on "
                 f"({stored_device}), got {self.device.type}; resume it on such a machine"
             )
+        self._warn_if_bits_may_differ(checkpoint)
         self.model.load_state_dict(checkpoint.model)
         self.step.restore(checkpoint)
         self.position = _Position(**checkpoint.manifest["position"])
         torch.set_rng_state(checkpoint.state["random.cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint.state["random.cuda"], self.device)
+
+    def _warn_if_bits_may_differ(self, checkpoint: Checkpoint) -> None:
+        if self.device.type != "cpu" or not self.ranks.is_first:
+            return
+        for name, now in _decides_bits().items():
+            if (before := checkpoint.manifest.get(name)) != now:
+                logger.warning(
+                    "train: %s was %s when the run stopped and is %s now; it goes on correctly, "
+                    "but not bit for bit as without the stop",
+                    name,
+                    before,
+                    now,
+                )
+
+
+def _decides_bits() -> dict[str, object]:
+    """What, beside the checkpoint, the bits of a run on the CPU depend on, of what can be asked."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def _read_resumable(config: TrainConfig) -> Checkpoint:

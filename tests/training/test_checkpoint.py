@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
+import pickle
+import zipfile
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
+from full_disk import FullDisk, no_file_larger_than
+from gfnode_fast.data import WriteError
 from gfnode_fast.training.checkpoint import (
     CheckpointError,
+    _digest,
     find_checkpoint,
     read_checkpoint,
     write_checkpoint,
+    write_json,
 )
 
 
@@ -71,6 +81,39 @@ def test_a_crash_at_any_rename_leaves_the_old_checkpoint_whole(tmp_path, monkeyp
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_disk_full_at_any_call_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        disk = FullDisk(patch)
+        write(tmp_path, 2)
+    after = contents(tmp_path)
+    assert disk.calls == ["mkstemp", "write", "fsync", "replace", "fsync"] * 3
+    for at in range(len(disk.calls)):
+        write(tmp_path, 1)
+        with monkeypatch.context() as patch:
+            FullDisk(patch, at)
+            with pytest.raises(WriteError, match="last.* must be .* got No space left .*; free"):
+                write(tmp_path, 2)
+        # The last call comes after the manifest's rename.
+        assert contents(tmp_path) == (after if at == len(disk.calls) - 1 else before)
+
+
+def test_files_that_may_not_grow_leave_the_old_checkpoint(tmp_path):
+    """The kernel's own refusal, in the middle of every file."""
+    write(tmp_path, 1)
+    before = contents(tmp_path)
+    for size in range(0, max(map(len, before.values())), 97):
+        with no_file_larger_than(size), pytest.raises(WriteError, match=r"last.* File too large"):
+            write(tmp_path, 2)
+        assert contents(tmp_path) == before
+        read_checkpoint(tmp_path / "last.json")
+
+
 def test_a_crash_after_the_manifest_leaves_the_new_checkpoint_whole(tmp_path, monkeypatch):
     write(tmp_path, 1)
 
@@ -105,6 +148,73 @@ def test_damage_is_named(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(path)
+
+
+def damaged(content):
+    """Every truncation, and one flipped bit in every byte."""
+    for length in range(len(content)):
+        yield content[:length]
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        yield bytes(changed)
+
+
+@pytest.mark.parametrize("name", ["last.json", "last-*.model.*", "last-*.state.*"])
+def test_no_damage_goes_unseen(tmp_path, name):
+    manifest = {"config": {"value": "x"}}
+    model, state = {"w": torch.ones(2)}, {"random.cpu": torch.arange(9, dtype=torch.uint8)}
+    write_checkpoint(tmp_path, "last", model=model, state=state, manifest=manifest)
+    (file,) = tmp_path.glob(name)
+    whole = file.read_bytes()
+    for content in damaged(whole):
+        file.write_bytes(content)
+        if content == whole[:-1] and name == "last.json":  # its last newline says nothing
+            assert read_checkpoint(tmp_path).manifest["config"] == manifest["config"]
+            continue
+        with pytest.raises(CheckpointError, match=r"`.*last.*` must be .*, got .*; restore"):
+            read_checkpoint(tmp_path)
+
+
+class _Code:
+    def __reduce__(self):
+        return (Path.touch, (Path("broken-into"),))
+
+
+def foreign_files():
+    packed = io.BytesIO()
+    torch.save({"state_dict": {"w": torch.ones(2)}, "code": _Code()}, packed)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("data.pkl", pickle.dumps(_Code()))
+    other = safetensors.torch.save({"another.weight": torch.ones(2)})
+    return [pickle.dumps(_Code()), packed.getvalue(), archive.getvalue(), other, b"\x89HDF\r\n"]
+
+
+@pytest.mark.parametrize("content", foreign_files())
+def test_foreign_files_are_refused_and_their_code_never_run(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    path = write(Path("run"), 1)
+    for file in ("run/last.json", "model.pt"):
+        stood = Path(file).read_bytes() if Path(file).exists() else b""
+        Path(file).write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"must be JSON, got"):
+            read_checkpoint(file)
+        Path(file).write_bytes(stood)
+    # Even where somebody made the manifest fit.
+    (file,) = Path("run").glob("*.model.safetensors")
+    file.write_bytes(content)
+    manifest = json.loads(path.read_bytes())
+    manifest["files"]["model"]["sha256"] = hashlib.sha256(content).hexdigest()
+    del manifest["sha256"]
+    write_json(path, manifest | {"sha256": _digest(manifest)})
+    if b"another.weight" in content:
+        assert list(read_checkpoint("run").model) == ["another.weight"]
+    else:
+        with pytest.raises(CheckpointError, match=r"model.* must be a safetensors file"):
+            read_checkpoint("run")
+    assert not Path("broken-into").exists()
 
 
 def test_another_version_is_refused(tmp_path):
