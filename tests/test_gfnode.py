@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gfnode_fast import GFNODE, FourierMD
+from gfnode_fast.ops.topology import topology
 from gfnode_fast.solvers import fixed
 from model_inputs import constructor, inputs
 from op_checks import relative_error
@@ -143,6 +144,10 @@ def test_float32_takes_the_same_kernels() -> None:
         ({"v": torch.zeros(9, 3, dtype=F64)}, "`v` must be of shape"),
         ({"h": torch.zeros(10, 3, dtype=F64)}, "`h` must be of shape"),
         ({"timeframes": torch.zeros(2, 4)}, "`timeframes` must be positive"),
+        (
+            {"edge_index": topology(torch.zeros(1).long(), torch.zeros(1).long(), 9)},
+            "`edge_index` must be a topology of x's 10 nodes, got 9",
+        ),
     ],
 )
 def test_bad_inputs_are_refused(change: dict[str, Tensor], message: str) -> None:

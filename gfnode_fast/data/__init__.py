@@ -5,6 +5,7 @@ from gfnode_fast.data.dataset import Batch, WindowDataset
 from gfnode_fast.data.files import WriteError
 from gfnode_fast.data.graph import PUBLISHED_RIGID_BONDS, MolecularGraph, build_graph
 from gfnode_fast.data.inspection import Inspection, inspect_trajectory
+from gfnode_fast.data.mixed import MixedBatch, MixedDataset
 from gfnode_fast.data.readers import load_trajectory
 from gfnode_fast.data.sample import load_sample
 from gfnode_fast.data.simulation import SimulationError, SimulationReport, simulate
@@ -17,6 +18,8 @@ __all__ = [
     "Batch",
     "Inspection",
     "MissingTimeStepError",
+    "MixedBatch",
+    "MixedDataset",
     "MolecularGraph",
     "SimulationError",
     "SimulationReport",

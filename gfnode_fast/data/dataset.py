@@ -42,6 +42,16 @@ class Batch(NamedTuple):
         del values["target"]
         return values
 
+    def loss(self, predicted: Tensor) -> Tensor:
+        """Mean squared error, Å², of predicted positions, shaped as `target`."""
+        return (predicted - self.target).square().mean()
+
+    def error_sums(self, predicted: Tensor) -> Tensor:
+        """(1, 2) float64: the summed error of the B samples, at all times and at the last."""
+        squared = (predicted - self.target).double().square()
+        by_time = squared.view(self.timeframes.shape[1], -1).mean(dim=1)
+        return len(self.timeframes) * torch.stack((by_time.mean(), by_time[-1]))[None]
+
 
 class WindowDataset:
     """All samples of `windows` as tensors on one device; a batch is index operations there.
@@ -55,6 +65,8 @@ class WindowDataset:
     graph : of the same molecule.
     dtype : float32 or float64, of every floating-point tensor of a batch.
     device : where everything lives.
+    largest_number : in place of max z in the node features, so that an element has one feature in
+        data sets of several molecules; at least max z.
 
     Attributes
     ----------
@@ -82,6 +94,7 @@ class WindowDataset:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        largest_number: int | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"WindowDataset: `dtype` must be float32 or float64, got {dtype}")
@@ -111,7 +124,7 @@ class WindowDataset:
         self._times = windows.times.to(dtype)
         self._row, self._col = graph.row, graph.col
         self._edge_static = edge_static
-        self._charge = (numbers / numbers.max())[:, None]
+        self._charge = (numbers / (largest_number or numbers.max()))[:, None]
         self._eigvecs = graph.eigvecs.to(dtype)
         self._move(torch.device(device))
 
@@ -128,6 +141,16 @@ class WindowDataset:
     def device(self) -> torch.device:
         """Where the tensors live."""
         return self._x.device
+
+    @property
+    def index_device(self) -> torch.device:
+        """Where `batch` wants its index."""
+        return self.device
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of samples of the one molecule."""
+        return [len(self)]
 
     def to(self, device: torch.device | str) -> WindowDataset:
         """Return the same data set on another device (tensors are shared where they stay)."""
@@ -149,20 +172,7 @@ class WindowDataset:
         TypeError, ValueError
             When `index` is not a 1-D int64 tensor on the data set's device, or is empty.
         """
-        if not isinstance(index, Tensor) or index.dtype != torch.int64:
-            raise TypeError(
-                "batch: `index` must be an int64 tensor, got "
-                f"{getattr(index, 'dtype', type(index).__name__)}"
-            )
-        if index.ndim != 1 or index.shape[0] == 0:
-            raise ValueError(
-                f"batch: `index` must have shape (B,), B > 0, got {tuple(index.shape)}"
-            )
-        if index.device != self.device:
-            raise ValueError(
-                f"batch: `index` must be on {self.device} as the data set is, got {index.device}; "
-                f"move it once, not per batch"
-            )
+        check_index(index, self.index_device)
         size, num_atoms = index.shape[0], self.num_atoms
         x = self._x.index_select(0, index)
         v = self._v.index_select(0, index)
@@ -182,6 +192,21 @@ class WindowDataset:
             timeframes=self._times.index_select(0, index),
             U_batch=self._eigvecs.expand(size, -1, -1),
             target=self._target.index_select(0, index).transpose(0, 1).reshape(-1, 3),
+        )
+
+
+def check_index(index: object, device: torch.device) -> None:
+    """Refuse anything but (B,) int64, B > 0, on the device."""
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        raise TypeError(
+            "batch: `index` must be an int64 tensor, got "
+            f"{getattr(index, 'dtype', type(index).__name__)}"
+        )
+    if index.ndim != 1 or index.shape[0] == 0:
+        raise ValueError(f"batch: `index` must have shape (B,), B > 0, got {tuple(index.shape)}")
+    if index.device != device:
+        raise ValueError(
+            f"batch: `index` must be on {device}, got {index.device}; move it once, not per batch"
         )
 
 

@@ -29,7 +29,7 @@ from gfnode_fast.ops.edge_differences import edge_differences
 from gfnode_fast.ops.graph_layers_torch import State
 from gfnode_fast.ops.propagate import check_mode_of, propagate
 from gfnode_fast.ops.propagate_registered import propagate_opaque
-from gfnode_fast.ops.topology import topology
+from gfnode_fast.ops.topology import Topology, topology
 from gfnode_fast.reference.checks import describe, refuse
 from gfnode_fast.solvers.mode import SolverMode
 from gfnode_fast.solvers.stats import SolveStats
@@ -178,14 +178,22 @@ class FourierMD(reference.FourierMD):
         return parts
 
     def _encode(
-        self, x: Tensor, v: Tensor, h: Tensor, row: Tensor, col: Tensor, edge_fea: Tensor
+        self,
+        x: Tensor,
+        v: Tensor,
+        h: Tensor,
+        row: Tensor,
+        col: Tensor,
+        edge_fea: Tensor,
+        edges: Topology | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         backend = self._layer_backend(ENCODER, x.device)
         if backend == "reference":
             return super()._encode(x, v, h, row, col, edge_fea)
         with torch.autocast(x.device.type, enabled=False):
             state = (x, v, self.embedding(h.to(self.embedding.weight.dtype)))
-        return self._run_layers(self.encode_layers, backend, state, row, col, edge_fea, 1)
+        edges = topology(row, col, len(x)) if edges is None else edges
+        return self._run_layers(self.encode_layers, backend, state, edges, edge_fea)
 
     def _decode(
         self,
@@ -196,12 +204,13 @@ class FourierMD(reference.FourierMD):
         col: Tensor,
         edge_fea: Tensor,
         num_copies: int,
+        edges: Topology | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         backend = self._layer_backend(DECODER, x.device)
         if backend == "reference":
             return super()._decode(x, v, h, row, col, edge_fea, num_copies)
-        state = (x, v, h)
-        return self._run_layers(self.decode_layers, backend, state, row, col, edge_fea, num_copies)
+        edges = topology(row, col, len(x) // num_copies) if edges is None else edges
+        return self._run_layers(self.decode_layers, backend, (x, v, h), edges, edge_fea)
 
     def _layer_backend(self, part: str, device: torch.device) -> str:
         backend = self._parts()[part].backend
@@ -221,12 +230,9 @@ class FourierMD(reference.FourierMD):
         layers: nn.ModuleList,
         backend: str,
         state: State,
-        row: Tensor,
-        col: Tensor,
+        edges: Topology,
         edge_fea: Tensor,
-        num_copies: int,
     ) -> State:
-        edges = topology(row, col, state[0].shape[0] // num_copies)
         dtype = self.embedding.weight.dtype
         x, v, h, edge_fea = (tensor.to(dtype) for tensor in (*state, edge_fea))
         state = (x, v, h)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from gfnode_fast.nn.backends import COORDINATES, FEATURES
 from gfnode_fast.nn.fourier_md import FourierMD
+from gfnode_fast.ops.dispatch import to_device
 from gfnode_fast.ops.propagate import propagate
+from gfnode_fast.ops.topology import Topology
 from gfnode_fast.reference.checks import (
     Edges,
     check_delta_frame,
@@ -75,7 +77,7 @@ class GFNODE(FourierMD):
         self,
         x: Tensor,
         h: Tensor,
-        edge_index: Edges,
+        edge_index: Edges | Topology,
         edge_fea: Tensor,
         v: Tensor,
         ptr: Tensor,
@@ -87,10 +89,12 @@ class GFNODE(FourierMD):
         Args:
             x: (ΣN, 3) positions of all molecules' atoms, one molecule after the other.
             h: (ΣN, in_node_nf) node features.
-            edge_index: pair of (E,) long `row, col`, flat atoms; messages are summed onto `row`.
+            edge_index: pair of (E,) long `row, col`, flat atoms; messages are summed onto `row`. Or
+                their `Topology`, for callers that know the order of the edges.
             edge_fea: (E, in_edge_nf) edge features.
             v: (ΣN, 3) velocities, in units of x per frame.
-            ptr: (B + 1,) int64, molecule b has the atoms ptr[b] ... ptr[b+1] - 1.
+            ptr: (B + 1,) int64, molecule b has the atoms ptr[b] ... ptr[b+1] - 1. On the model's
+                device or the host; there, reading it waits for no GPU.
             timeframes: (B, T) output times in frames, > 0; not differentiable.
             eigvecs: (ΣN²,) the molecules' Laplacian eigenvectors, each (N, N) in columns,
                 ascending, flattened, one after the other.
@@ -100,11 +104,13 @@ class GFNODE(FourierMD):
         """
         self._check(x, h, edge_index, edge_fea, v, ptr, timeframes, eigvecs)
         assert self.delta_frame is not None
-        row, col = edge_index
-        sizes, num_times = ptr.diff(), timeframes.shape[1]
-        centre = torch.segment_reduce(x, "mean", lengths=sizes, axis=0)
+        edges = edge_index if isinstance(edge_index, Topology) else None
+        row, col = edge_index.unsorted if isinstance(edge_index, Topology) else edge_index
+        sizes, num_times = to_device(ptr, x.device).diff(), timeframes.shape[1]
+        # unsafe: without a look at the sizes, which would wait for a GPU.
+        centre = torch.segment_reduce(x, "mean", lengths=sizes, axis=0, unsafe=True)
         centre = centre.repeat_interleave(sizes, dim=0, output_size=len(x))
-        x, v, h = self._encode(x, v, h, row, col, edge_fea)
+        x, v, h = self._encode(x, v, h, row, col, edge_fea, edges)
         h, x, kld = self._sample(h, x)
         s = timeframes / self.delta_frame
         features = h[:, None, :]
@@ -125,6 +131,7 @@ class GFNODE(FourierMD):
             col,
             edge_fea,
             num_copies=num_times,
+            edges=edges,
         )
         x_t, v_t, h_t = (part.view(num_times, len(x), -1) for part in state)
         return x_t, v_t, h_t, kld
@@ -153,7 +160,7 @@ class GFNODE(FourierMD):
         self,
         x: Tensor,
         h: Tensor,
-        edge_index: Edges,
+        edge_index: Edges | Topology,
         edge_fea: Tensor,
         v: Tensor,
         ptr: Tensor,
@@ -172,17 +179,23 @@ class GFNODE(FourierMD):
         total = len(x)
         check_tensor("h", h, (total, self.in_node_nf), dtype, "node features (ΣN, in_node_nf)")
         check_tensor("v", v, (total, 3), dtype, "velocities (ΣN, 3)")
+        if isinstance(edge_index, Topology):
+            if edge_index.num_nodes != total:
+                expected = f"a topology of x's {total} nodes"
+                refuse(ValueError, "edge_index", expected, edge_index.num_nodes, "build it of them")
+            edge_index = edge_index.row, edge_index.col
         check_edges(edge_index, edge_fea, self.in_edge_nf, dtype)
         check_tensor("ptr", ptr, (None,), torch.int64, "each molecule's first atom, and ΣN")
         check_tensor("eigvecs", eigvecs, (None,), dtype, "Laplacian eigenvectors (ΣN²,)")
         solves = (self.propagate_x or self.propagate_h) and not self.no_ode
-        check_times(timeframes, len(ptr) - 1, self.num_timesteps, solves)
+        batch, reads = len(ptr) - 1, self._reads_times()
+        check_times(timeframes, batch, self.num_timesteps, solves, reads_values=reads)
         row, col = edge_index
         for name, value in {
             "x": x, "h": h, "v": v, "edge_index[0]": row, "edge_index[1]": col,
             "edge_fea": edge_fea, "ptr": ptr, "timeframes": timeframes, "eigvecs": eigvecs,
         }.items():  # fmt: skip
-            if value.device != parameter.device:
+            if value.device != parameter.device and (name, value.device.type) != ("ptr", "cpu"):
                 expected = f"on {parameter.device}, the model's device"
                 refuse(ValueError, name, expected, describe(value), "move it there")
         if ptr.device.type == "cpu":  # elsewhere the look would wait for the device

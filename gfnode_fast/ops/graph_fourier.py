@@ -37,9 +37,9 @@ def graph_fourier(
         eigvecs: (B, N, N), eigenvectors in columns, ascending eigenvalue, dtype and device of the
             signal; (ΣN²,) with `ptr`.
         num_modes: M; at most N. With `ptr`, modes that a molecule does not have (m >= N_b) are 0.
-        ptr: (B+1,) int64, ascending from 0 to ΣN, on the signal's device: molecule b owns the atoms
-            ptr[b] ... ptr[b+1]-1. Its values are checked on the CPU only: reading them from a GPU
-            would wait for it.
+        ptr: (B+1,) int64, ascending from 0 to ΣN: molecule b owns the atoms ptr[b] ... ptr[b+1]-1.
+            On the signal's device or the host. Its values are checked on the host only: reading
+            them from a GPU would wait for it.
         backend: "torch", "triton", or "auto", which is "triton" on GPUs on whose family the kernels
             have passed (`dispatch.verified_gpus`), else "torch".
 
@@ -53,7 +53,8 @@ def graph_fourier(
     Notes:
         Deterministic. Sums in the signal's dtype, in fp32 for 16-bit Triton. Torch without `ptr` is
         differentiable any number of times; otherwise twice with respect to the signal, once with
-        respect to the eigenvectors. The torch path with `ptr` reads `ptr` on the host.
+        respect to the eigenvectors. The torch path reads `ptr`, which waits for a GPU if it is
+        there, and takes slices where molecules of one size stand beside each other.
     """
     _check_eigvecs("graph_fourier", eigvecs, num_modes, ptr)
     unserved = too_many_modes(num_modes)
@@ -174,9 +175,10 @@ def _check_eigvecs(op: str, eigvecs: Tensor, num_modes: int, ptr: Tensor | None)
             f"{op}: `ptr` must be (B+1,), got {tuple(ptr.shape)}; pass each molecule's first atom "
             "and the total"
         )
-    if ptr.device != eigvecs.device:
+    if ptr.device != eigvecs.device and ptr.device.type != "cpu":
         raise ValueError(
-            f"{op}: `ptr` must be on {eigvecs.device} like eigvecs, got {ptr.device}; move it"
+            f"{op}: `ptr` must be on {eigvecs.device} like eigvecs, or on the host, got "
+            f"{ptr.device}; move it"
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.ops import graph_fourier_torch as on_torch
-from gfnode_fast.ops.dispatch import require_triton
+from gfnode_fast.ops.dispatch import require_triton, to_device
 
 LARGEST_TRITON_M = 128
 
@@ -54,6 +54,10 @@ def _uses_triton(op: str, backend: str, tensor: Tensor, num_modes: int) -> bool:
     return True
 
 
+def _beside(ptr: Tensor | None, tensor: Tensor) -> Tensor | None:
+    return None if ptr is None else to_device(ptr, tensor.device)
+
+
 @torch.library.custom_op(
     "gfnode_fast::graph_fourier",
     mutates_args=(),
@@ -67,7 +71,7 @@ def graph_fourier(
     if _uses_triton("graph_fourier", backend, signal, num_modes):
         from gfnode_fast.kernels.graph_fourier_launch import launch_graph_fourier_fwd
 
-        return launch_graph_fourier_fwd(signal, eigvecs, num_modes, ptr)
+        return launch_graph_fourier_fwd(signal, eigvecs, num_modes, _beside(ptr, signal))
     if ptr is None:
         return on_torch.project(signal, eigvecs, num_modes)
     return on_torch.project_ragged(signal, eigvecs, num_modes, ptr)
@@ -126,7 +130,7 @@ def inverse_graph_fourier(
         from gfnode_fast.kernels.graph_fourier_launch import launch_inverse_graph_fourier_fwd
 
         return launch_inverse_graph_fourier_fwd(
-            modes, eigvecs, residual, activation, centroid, ptr, total_atoms
+            modes, eigvecs, residual, activation, centroid, _beside(ptr, modes), total_atoms
         )
     if ptr is None:
         return on_torch.synthesise(modes, eigvecs, residual, centroid, activation).flatten(1, 2)
@@ -198,7 +202,10 @@ def inverse_graph_fourier_bwd(
     if backend == "triton":
         from gfnode_fast.kernels.graph_fourier_launch import launch_inverse_graph_fourier_bwd
 
-        return launch_inverse_graph_fourier_bwd(grad, modes, eigvecs, activation, ptr, wants_added)
+        offsets = _beside(ptr, modes)
+        return launch_inverse_graph_fourier_bwd(
+            grad, modes, eigvecs, activation, offsets, wants_added
+        )
     if ptr is None:
         by_molecule = grad.unflatten(1, eigvecs.shape[:2])
         grad_modes, added = on_torch.synthesise_bwd(
@@ -239,7 +246,8 @@ def graph_fourier_eigvecs_bwd(
     if backend == "triton":
         from gfnode_fast.kernels.graph_fourier_launch import launch_graph_fourier_eigvecs_bwd
 
-        return launch_graph_fourier_eigvecs_bwd(grad, modes, eigvecs, activation, ptr)
+        offsets = _beside(ptr, modes)
+        return launch_graph_fourier_eigvecs_bwd(grad, modes, eigvecs, activation, offsets)
     if ptr is None:
         by_molecule = grad.unflatten(1, eigvecs.shape[:2])
         return on_torch.eigvecs_bwd(by_molecule, modes, eigvecs, activation)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gfnode_fast.ops.dispatch import to_device
+
 
 def project(signal: Tensor, eigvecs: Tensor, num_modes: int) -> Tensor:
     """(B, N, C) → (B, M, C)."""
@@ -93,8 +95,14 @@ def _pull_activation(
     return pulled
 
 
-def _by_size(ptr: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Per N: it, molecules of N atoms (b,), their atoms (b, N), their entries of U (b, N, N)."""
+Where = slice | Tensor
+
+
+def _by_size(ptr: Tensor, device: torch.device) -> Iterator[tuple[int, Where, Where, Where]]:
+    """Per N: it, the b molecules of N atoms, their b N atoms, their b N² entries of U.
+
+    Slices where the molecules stand beside each other. With `ptr` on the host nothing waits.
+    """
     sizes = ptr.diff()
     squares = sizes.square()
     first_entry = squares.cumsum(0) - squares
@@ -102,18 +110,35 @@ def _by_size(ptr: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         if size == 0:
             continue
         molecules = (sizes == size).nonzero().squeeze(1)
+        if ptr.device.type == "cpu":
+            first, count = int(molecules[0]), len(molecules)
+            if int(molecules[-1]) == first + count - 1:
+                atom, entry = int(ptr[first]), int(first_entry[first])
+                yield (
+                    size,
+                    slice(first, first + count),
+                    slice(atom, atom + count * size),
+                    slice(entry, entry + count * size * size),
+                )
+                continue
         atoms = ptr[molecules, None] + torch.arange(size, device=ptr.device)
         entries = first_entry[molecules, None] + torch.arange(size * size, device=ptr.device)
-        yield size, molecules, atoms, entries.unflatten(1, (size, size))
+        yield size, *(to_device(i.flatten(), device) for i in (molecules, atoms, entries))
 
 
 def project_ragged(signal: Tensor, eigvecs: Tensor, num_modes: int, ptr: Tensor) -> Tensor:
     """(ΣN, C) → (B, M, C), zero where a molecule has fewer than M atoms."""
     modes = signal.new_zeros(ptr.shape[0] - 1, num_modes, signal.shape[1])
-    for size, molecules, atoms, entries in _by_size(ptr):
+    for size, molecules, atoms, entries in _by_size(ptr, signal.device):
         kept = min(num_modes, size)
-        modes[molecules, :kept] = project(signal[atoms], eigvecs[entries], kept)
+        by_molecule = signal[atoms].unflatten(0, (-1, size))
+        modes[molecules, :kept] = project(by_molecule, _square(eigvecs[entries], size), kept)
     return modes
+
+
+def _square(entries: Tensor, size: int) -> Tensor:
+    """(b N²,) → (b, N, N)."""
+    return entries.view(-1, size, size)
 
 
 def synthesise_ragged(
@@ -127,14 +152,14 @@ def synthesise_ragged(
 ) -> Tensor:
     """(T, B, M, C) → (T, ΣN, C)."""
     out = modes.new_empty(modes.shape[0], total_atoms, modes.shape[3])
-    for size, molecules, atoms, entries in _by_size(ptr):
+    for size, molecules, atoms, entries in _by_size(ptr, modes.device):
         out[:, atoms] = synthesise(
             modes[:, molecules, :size],
-            eigvecs[entries],
-            None if residual is None else residual[atoms],
-            None if centroid is None else centroid[atoms],
+            _square(eigvecs[entries], size),
+            None if residual is None else residual[atoms].unflatten(0, (-1, size)),
+            None if centroid is None else centroid[atoms].unflatten(0, (-1, size)),
             activation,
-        )
+        ).flatten(1, 2)
     return out
 
 
@@ -148,9 +173,11 @@ def synthesise_ragged_bwd(
 ) -> tuple[Tensor, Tensor]:
     """grad (T, ΣN, C) → gradients of the modes and, (ΣN, C) or (0,), of what was added."""
     grad_modes = modes.new_zeros(modes.shape)
-    for size, molecules, atoms, entries in _by_size(ptr):
+    for size, molecules, atoms, entries in _by_size(ptr, modes.device):
+        by_molecule = grad[:, atoms].unflatten(1, (-1, size))
+        square = _square(eigvecs[entries], size)
         grad_modes[:, molecules, :size], _ = synthesise_bwd(
-            grad[:, atoms], modes[:, molecules, :size], eigvecs[entries], activation, False
+            by_molecule, modes[:, molecules, :size], square, activation, False
         )
     return grad_modes, grad.sum(0) if wants_added else grad.new_empty(0)
 
@@ -160,8 +187,10 @@ def eigvecs_ragged_bwd(
 ) -> Tensor:
     """The gradient (ΣN²,) of the eigenvectors in the synthesis; grad (T, ΣN, C)."""
     grad_eigvecs = torch.zeros_like(eigvecs, memory_format=torch.contiguous_format)
-    for size, molecules, atoms, entries in _by_size(ptr):
+    for size, molecules, atoms, entries in _by_size(ptr, modes.device):
+        by_molecule = grad[:, atoms].unflatten(1, (-1, size))
+        square = _square(eigvecs[entries], size)
         grad_eigvecs[entries] = eigvecs_bwd(
-            grad[:, atoms], modes[:, molecules, :size], eigvecs[entries], activation
-        )
+            by_molecule, modes[:, molecules, :size], square, activation
+        ).flatten()
     return grad_eigvecs

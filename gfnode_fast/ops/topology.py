@@ -51,6 +51,12 @@ class Topology:
         return self.row.shape[0]
 
     @property
+    def unsorted(self) -> tuple[Tensor, Tensor]:
+        """Row and col in the caller's order, (E,)."""
+        row, col = torch.empty_like(self.row), torch.empty_like(self.col)
+        return row.index_copy_(0, self.order, self.row), col.index_copy_(0, self.order, self.col)
+
+    @property
     def neighbours(self) -> Neighbours:
         """Built at first use and kept; on the device, without synchronisation."""
         if torch.compiler.is_compiling():
