@@ -22,7 +22,8 @@ class MixedBatch(NamedTuple):
 
     x, v : (ΣN, 3) Å, Å/frame. h : (ΣN, 2). edge_index : the `Topology` of all ΣE edges, in whose
     order edge_fea (ΣE, 5) is. ptr : (B + 1,) int64, on the host. timeframes : (B, T) frames.
-    eigvecs : (ΣN²,). target : (T, ΣN, 3) Å. samples : (B,) on the host, in the order of the batch, those of one molecule beside each other. sizes : (B,) atoms of each, on the device.
+    eigvecs : (ΣN²,). target : (T, ΣN, 3) Å. samples : (B,) on the host, in the order of the
+    batch, those of one molecule beside each other. sizes : (B,) atoms of each, on the device.
     membership : (K, B), 1 where sample b is of molecule k, float64.
     """
 

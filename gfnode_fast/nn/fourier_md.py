@@ -193,7 +193,7 @@ class FourierMD(reference.FourierMD):
         with torch.autocast(x.device.type, enabled=False):
             state = (x, v, self.embedding(h.to(self.embedding.weight.dtype)))
         edges = topology(row, col, len(x)) if edges is None else edges
-        return self._run_layers(self.encode_layers, backend, state, edges, edge_fea)
+        return self._run_layers(self.encode_layers, backend, state, edges, edge_fea, 1)
 
     def _decode(
         self,
@@ -210,7 +210,8 @@ class FourierMD(reference.FourierMD):
         if backend == "reference":
             return super()._decode(x, v, h, row, col, edge_fea, num_copies)
         edges = topology(row, col, len(x) // num_copies) if edges is None else edges
-        return self._run_layers(self.decode_layers, backend, (x, v, h), edges, edge_fea)
+        state = (x, v, h)
+        return self._run_layers(self.decode_layers, backend, state, edges, edge_fea, num_copies)
 
     def _layer_backend(self, part: str, device: torch.device) -> str:
         backend = self._parts()[part].backend
@@ -232,11 +233,12 @@ class FourierMD(reference.FourierMD):
         state: State,
         edges: Topology,
         edge_fea: Tensor,
+        num_copies: int,
     ) -> State:
         dtype = self.embedding.weight.dtype
         x, v, h, edge_fea = (tensor.to(dtype) for tensor in (*state, edge_fea))
         state = (x, v, h)
-        first_kept = self._first_kept(layers, num_copies * len(row), backend)
+        first_kept = self._first_kept(layers, num_copies * edges.num_edges, backend)
         with torch.autocast(x.device.type, enabled=False):
             for index, layer in enumerate(layers):
                 state = apply_layer(

@@ -101,7 +101,7 @@ def test_loss_and_gradients_are_the_sum_of_fouriermds(parts, mode, bound):
             expected, torch.autograd.grad(share, parameters, materialize_grads=True), strict=True
         ):
             grad += own_grad
-    assert float(loss) == pytest.approx(total, rel=bound)
+    assert float(loss.detach()) == pytest.approx(total, rel=bound)
     assert relative_error(batch.error_sums(predicted.detach()), sums) < bound
     for (name, _), grad, right in zip(mixed.named_parameters(), grads, expected, strict=True):
         assert relative_error(grad, right) < bound or float(right.norm()) < 1e-12, name
