@@ -76,6 +76,27 @@ def test_on_the_cpu_it_is_the_plain_step() -> None:
     assert_same_parameters(model, plain)
 
 
+def test_an_update_of_ones_own_takes_the_place_of_the_optimizers() -> None:
+    model, plain = build(), build()
+    losses: list[Tensor] = []
+
+    def update(loss: Tensor) -> None:
+        losses.append(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given, target = batches(1)[0]
+    step = capture_training_step(
+        model, optimizer, loss_fn=loss_fn, inputs=given, targets=(target,), update=update
+    )
+    assert step(given, target).loss.item() == losses[0].item()
+    loss_fn(plain(**given), target).backward()
+    nn.utils.clip_grad_norm_(plain.parameters(), 1e-3)
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    assert_same_parameters(model, plain)
+
+
 def test_outputs_are_copies() -> None:
     model = build()
     step = capture(model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -16,6 +16,7 @@ from gfnode_fast.nn.static_optimizer import Snapshot, StaticOptimizer
 
 Value = Tensor | tuple[Tensor, ...] | None
 LossFunction = Callable[..., Tensor]
+Update = Callable[[Tensor], None]
 
 OP = "capture_training_step"
 
@@ -41,16 +42,20 @@ class TrainingStep:
         loss_fn: LossFunction,
         inputs: Mapping[str, Value],
         targets: tuple[Tensor, ...],
+        update: Update | None,
         warmup: int,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._loss_fn = loss_fn
+        self._update = update
         self._inputs = {name: _copy(value) for name, value in inputs.items()}
         self._targets = tuple(target.detach().clone() for target in targets)
         self._graph: torch.cuda.CUDAGraph | None = None
-        if next(model.parameters()).is_cuda:
-            self._capture(warmup)
+        self._device = next(model.parameters()).device
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                self._capture(warmup)
 
     @property
     def is_captured(self) -> bool:
@@ -82,7 +87,8 @@ class TrainingStep:
             for name, value in inputs.items():
                 _write(self._inputs[name], value)
             _write(self._targets, targets)
-            self._graph.replay()
+            with torch.cuda.device(self._device):
+                self._graph.replay()
             for parameter, grad in zip(self._static.parameters, self._grads, strict=True):
                 parameter.grad = grad
             result = self._result
@@ -93,11 +99,14 @@ class TrainingStep:
         outputs = self._model(**inputs)
         loss = self._loss_fn(outputs, *targets)
         loss.backward()
-        self._optimizer.step()
+        if self._update is None:
+            self._optimizer.step()
+        else:
+            self._update(loss.detach())
         return StepResult(loss.detach(), tuple(output.detach() for output in outputs))
 
     def _capture(self, warmup: int) -> None:
-        device = next(self._model.parameters()).device
+        device = self._device
         random_state = torch.cuda.get_rng_state(device)
         before = Snapshot(self._optimizer)
         self._static = StaticOptimizer(self._optimizer)
@@ -116,7 +125,7 @@ class TrainingStep:
             torch.cuda.set_rng_state(random_state, device)
         self._static.freeze()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             self._result = self._step(self._inputs, self._targets)
         self._grads = [parameter.grad for parameter in self._static.parameters]
         self._graph = graph
@@ -129,6 +138,7 @@ def capture_training_step(
     loss_fn: LossFunction,
     inputs: Mapping[str, Value],
     targets: tuple[Tensor, ...] = (),
+    update: Update | None = None,
     warmup: int = 3,
 ) -> TrainingStep:
     """Capture forward, backward and update of one training step in a CUDA graph.
@@ -144,6 +154,9 @@ def capture_training_step(
         inputs: an example of the model's keyword arguments; its shapes and dtypes are those of
             every later step.
         targets: an example of what `loss_fn` takes besides the outputs.
+        update: what follows backward in place of `optimizer.step()`: takes the loss, detached, and
+            calls the optimizer itself, for instance after clipping. On a GPU a replay repeats its
+            launches: it must decide nothing on the host, and leave results in tensors made before.
         warmup: steps made before capturing and then undone.
 
     Returns:
@@ -178,7 +191,7 @@ def capture_training_step(
                 f"{OP}: `model` must decide nothing on the host, got {problem}; use "
                 "backend='triton', or make plain steps"
             )
-    return TrainingStep(model, optimizer, loss_fn, inputs, targets, warmup)
+    return TrainingStep(model, optimizer, loss_fn, inputs, targets, update, warmup)
 
 
 def why_not_capturable(model: FourierMD) -> str | None:

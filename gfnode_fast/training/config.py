@@ -168,6 +168,7 @@ class ModelConfig:
     backend: str = "auto"
     precision: str = "fp32"
     solver_mode: Literal["joint", "per_molecule", "exact"] = "joint"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         _positive_int("model.n_layers", self.n_layers)
@@ -282,6 +283,10 @@ class TrainConfig:
         data, model, optim: what is learned from, by what, and how.
         output: directory of the run; made if missing.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        capture: on a GPU, replay the step of every full batch as one CUDA graph (see
+            :func:`gfnode_fast.capture_training_step`); a smaller last batch of an epoch is run
+            plainly. Needs solves that decide nothing on the host, one process and no accumulation.
+            On the CPU it is the plain step.
         log_every: optimiser steps between two readings of the losses. Nothing is read from the
             device in between.
         checkpoint_every: epochs between two "last" checkpoints.
@@ -295,6 +300,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     output: str = "runs/gfnode"
     device: str = "auto"
+    capture: bool = False
     log_every: int = 10
     checkpoint_every: int = 5
     max_steps: int | None = None
@@ -309,6 +315,13 @@ class TrainConfig:
             or (self.device.startswith("cuda:") and self.device[5:].isdigit())
         )
         _must(device_ok, "device", "auto, cpu, cuda or cuda:N", self.device, "choose one of them")
+        _must(
+            not self.capture or self.optim.accumulate == 1,
+            "capture",
+            f"false with optim.accumulate ({self.optim.accumulate})",
+            self.capture,
+            "a CUDA graph holds one whole batch: set optim.accumulate to 1",
+        )
         _positive_int("log_every", self.log_every)
         _positive_int("checkpoint_every", self.checkpoint_every)
         if self.max_steps is not None:

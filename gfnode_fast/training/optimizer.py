@@ -19,7 +19,7 @@ class GuardedAdam(torch.optim.Adam):
 
     ``found_inf`` is the attribute through which torch's gradient scaler skips updates: neither
     the parameters, nor the moments, nor the step counts change then, and nothing is copied to
-    the host to decide it. ``None`` always updates.
+    the host to decide it. ``None`` always updates. On a GPU it can be part of a CUDA graph.
     """
 
     found_inf: Tensor | None = None
@@ -32,11 +32,13 @@ class GuardedAdam(torch.optim.Adam):
         weight_decay: float,
         decoupled: bool = False,
     ) -> None:
+        parameters = list(parameters)
         super().__init__(
             parameters,
             lr=lr,
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled,
+            capturable=parameters[0].is_cuda,
             fused=True,
         )
 
@@ -77,9 +79,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def optimizer_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The optimiser's parameter groups as plain values."""
+    """The optimiser's parameter groups as plain values; reads a captured step's rate, a tensor."""
     groups: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
-    return groups
+    return [group | {"lr": float(group["lr"])} for group in groups]
 
 
 def restore_optimizer(

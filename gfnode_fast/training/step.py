@@ -13,10 +13,11 @@ from torch import Tensor
 
 from gfnode_fast.data import WindowDataset
 from gfnode_fast.nn import FourierMD
+from gfnode_fast.nn.capture import TrainingStep, capture_training_step, why_not_capturable
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.training.averaging import WeightAverage
 from gfnode_fast.training.checkpoint import Checkpoint
-from gfnode_fast.training.config import TrainConfig
+from gfnode_fast.training.config import ConfigError, TrainConfig
 from gfnode_fast.training.events import NonFiniteLossError
 from gfnode_fast.training.optimizer import (
     GuardedAdam,
@@ -37,9 +38,17 @@ def derived_seed(*numbers: int) -> int:
 class BatchStep:
     """`step(index, number, epoch)`: one update; nothing is read from the device until `read`.
 
+    Args:
+        config: of the run.
+        model: on the data's device.
+        data: the training windows.
+        ranks: the processes of the run.
+
     Attributes:
-        optimizer: of the model's parameters.
         average: of the weights, or None.
+
+    Raises:
+        ConfigError: ``capture`` of a step that cannot be captured.
     """
 
     def __init__(
@@ -47,15 +56,22 @@ class BatchStep:
     ) -> None:
         optim = config.optim
         self._config, self._model, self._data, self._ranks = config, model, data, ranks
-        self.optimizer = GuardedAdam(
+        self._optimizer = GuardedAdam(
             model.parameters(),
             lr=optim.lr,
             weight_decay=optim.weight_decay,
             decoupled=optim.optimizer == "adamw",
         )
         self.average = WeightAverage(model, optim.ema_decay) if optim.ema_decay else None
-        # Loss and gradient norm of the steps since the last reading, by number % log_every.
-        self._readings = next(model.parameters()).new_zeros(config.log_every, 2).detach()
+        parameter = next(model.parameters()).detach()
+        # Loss and gradient norm: of the steps since the last reading, by number % log_every, and
+        # of the last step, where a captured one leaves them.
+        self._readings = parameter.new_zeros(config.log_every, 2)
+        self._reading = parameter.new_zeros(2)
+        self._full_batch = min(optim.batch_size, len(data))
+        self._captured: TrainingStep | None = None
+        if config.capture:
+            _check_capture(model, ranks)
 
     def __call__(self, index: Tensor, number: int, epoch: int) -> None:
         """Update on a batch of windows.
@@ -67,23 +83,41 @@ class BatchStep:
         optim = self._config.optim
         if self._ranks.count > 1 and self._config.model.use_vae:
             torch.manual_seed(derived_seed(optim.seed, number, self._ranks.rank))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self._readings.new_zeros(())
-        for part, weight in self._parts(index):
-            share = self._loss(part, number) * weight
-            share.backward()
-            loss += share.detach()
-        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-        self._ranks.sum([loss, *gradients])
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if optim.clip_norm is not None:
-            clip_to_norm(gradients, norm, optim.clip_norm)
-        reading = torch.stack((loss, norm))
-        self.optimizer.set_lr(learning_rate(optim, number, epoch))
-        self.optimizer.guarded_step(torch.isfinite(reading).all())
-        self._readings[number % len(self._readings)] = reading
+        self._optimizer.set_lr(learning_rate(optim, number, epoch))
+        if self._config.capture and len(index) == self._full_batch:
+            self._run_captured(index, number)
+        else:
+            self._run(index, number)
+        self._readings[number % len(self._readings)] = self._reading
         if self.average is not None:
             self.average.update(number + 1)
+
+    def _run(self, index: Tensor, number: int) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._reading.new_zeros(())
+        for part, weight in self._parts(index):
+            batch = self._data.batch(part)
+            with naming_failed_solves(self._config, f"at step {number + 1}"):
+                outputs = self._model(**batch.inputs())
+            share = self._loss(outputs, batch.target) * weight
+            share.backward()
+            loss += share.detach()
+        self._update(loss)
+
+    def _run_captured(self, index: Tensor, number: int) -> None:
+        batch = self._data.batch(index)
+        inputs = batch.inputs()
+        with naming_failed_solves(self._config, f"at step {number + 1}"):
+            if self._captured is None:
+                self._captured = capture_training_step(
+                    self._model,
+                    self._optimizer,
+                    loss_fn=self._loss,
+                    inputs=inputs,
+                    targets=(batch.target,),
+                    update=self._update,
+                )
+            self._captured(inputs, batch.target)
 
     def _parts(self, index: Tensor) -> list[tuple[Tensor, float]]:
         """What this rank runs of a batch, one after the other, and the weight of each part."""
@@ -93,14 +127,22 @@ class BatchStep:
         parts = own.tensor_split(min(self._config.optim.accumulate, len(own)))
         return [(part, len(part) / len(index)) for part in parts]
 
-    def _loss(self, index: Tensor, number: int) -> Tensor:
-        batch = self._data.batch(index)
-        with naming_failed_solves(self._config, f"at step {number + 1}"):
-            predicted, _, _, kld = self._model(**batch.inputs())
-        loss: Tensor = (predicted - batch.target).square().mean()
+    def _loss(self, outputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
+        predicted, _, _, kld = outputs
+        loss = (predicted - target).square().mean()
         if self._config.model.use_vae:
             loss = loss + self._config.optim.kl_weight * kld
         return loss
+
+    def _update(self, loss: Tensor) -> None:
+        """From the batch's loss and gradients on this rank to new weights; may be captured."""
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        self._ranks.sum([loss, *gradients])
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._config.optim.clip_norm is not None:
+            clip_to_norm(gradients, norm, self._config.optim.clip_norm)
+        torch.stack((loss, norm), out=self._reading)
+        self._optimizer.guarded_step(torch.isfinite(self._reading).all())
 
     def read(self, made: int) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Loss and gradient norm, (steps, 2), since the last multiple of ``log_every``.
@@ -127,7 +169,7 @@ class BatchStep:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on besides model and random state."""
-        moments = optimizer_tensors(self.optimizer)
+        moments = optimizer_tensors(self._optimizer)
         tensors = {f"optimizer.{name}": tensor for name, tensor in moments.items()}
         tensors["readings"] = self._readings
         if self.average is not None:
@@ -136,18 +178,33 @@ class BatchStep:
 
     def groups(self) -> list[dict[str, Any]]:
         """The optimiser's parameter groups, for the checkpoint's manifest."""
-        return optimizer_groups(self.optimizer)
+        return optimizer_groups(self._optimizer)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Inverse of `tensors` and `groups`, from the checkpoint that they were written to."""
         restore_optimizer(
-            self.optimizer,
+            self._optimizer,
             checkpoint.section("optimizer"),
             checkpoint.manifest["optimizer_groups"],
         )
         if self.average is not None:
             self.average.restore(checkpoint.section("average"))
         self._readings.copy_(checkpoint.state["readings"])
+
+
+def _check_capture(model: FourierMD, ranks: Ranks) -> None:
+    problem = None
+    if ranks.count > 1:
+        problem = (
+            f"{ranks.count} processes, whose gradients are added up between backward and update"
+        )
+    elif next(model.parameters()).is_cuda and (reads := why_not_capturable(model)):
+        problem = reads
+    if problem is not None:
+        raise ConfigError(
+            f"train: `capture` must be false with this run, got true and {problem}; leave it out, "
+            "or take model.backend=triton in one process"
+        )
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ _FAILING = """
 import os, sys
 if os.environ["RANK"] == "1":
     from gfnode_fast.training import step
-    def broken(self, index, number):
+    def broken(self, outputs, target):
         raise RuntimeError("broken: `rank` must hold, got a failure; mend it")
     step.BatchStep._loss = broken
 from gfnode_fast.cli.main import main
