@@ -168,7 +168,7 @@ class ModelConfig:
     backend: str = "auto"
     precision: str = "fp32"
     solver_mode: Literal["joint", "per_molecule", "exact"] = "joint"
-    recompute: bool = False
+    recompute: bool | None = None
 
     def __post_init__(self) -> None:
         _positive_int("model.n_layers", self.n_layers)
