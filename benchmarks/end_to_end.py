@@ -100,9 +100,12 @@ def measure_batch(
     *,
     published_limit_s: float,
     molecule: str = "aspirin",
+    triton: bool = True,
 ) -> dict[str, Any]:
     """Seconds a step of every contender at one batch size, and their ratios."""
-    backends = {"": "auto", " Triton": "triton"} if device.type == "cuda" else {"": "auto"}
+    backends = {"": "auto"}
+    if device.type == "cuda" and triton:
+        backends[" Triton"] = "triton"
     timings: dict[str, Timing] = {}
     found: dict[str, dict[str, Any]] = {}
     expected = predict_u0_seconds(Row("model", "step", batch, molecule=molecule), device)

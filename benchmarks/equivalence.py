@@ -53,12 +53,13 @@ REFERENCE = Variant("reference", "reference")
 FAITHFUL = Variant("fp32", "auto")
 
 
-def variants(device: torch.device) -> list[Variant]:
+def variants(device: torch.device, triton: bool) -> list[Variant]:
+    """What is trained besides the reference; Triton on GPUs only."""
     if device.type == "cuda":
         kernels = [Variant(f"{p} Triton", "triton", p) for p in ("fp32", "tf32", "bf16")]
-        return [REFERENCE, FAITHFUL, *kernels]
+        return [FAITHFUL, *kernels] if triton else [FAITHFUL]
     emulated = [Variant(f"{p} emulated", "torch", emulated=p) for p in ("tf32", "bf16")]
-    return [REFERENCE, FAITHFUL, *emulated]
+    return [FAITHFUL, *emulated]
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,13 @@ def _digits(values: Curves) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
-def measure(size: Size, device: torch.device, folder: Path) -> dict[str, Any]:
+def measure(
+    size: Size, device: torch.device, folder: Path, *, triton: bool = True
+) -> dict[str, Any]:
     """Train every variant with every seed and compare."""
     reference, reference_error = curves(REFERENCE, size, device, folder)
     found = {}
-    for variant in variants(device)[1:]:
+    for variant in variants(device, triton):
         ours, error = curves(variant, size, device, folder)
         found[variant.name] = {
             "backend": variant.backend,

@@ -1,7 +1,7 @@
 """One call that accepts or refuses a state of the project on a GPU machine.
 
-    python benchmarks/gpu_acceptance.py --part tests|core|matrix [--out DIR] [--minutes 8.5]
-                                        [--without NAME ...]
+    python benchmarks/gpu_acceptance.py --part tests|core|matrix|training [--out DIR]
+                                        [--minutes 8.5] [--without NAME ...]
     python benchmarks/gpu_acceptance.py --part core --dry-run      the same code on a CPU, tiny
     sizes
 
@@ -10,6 +10,7 @@ and
          compute-sanitizer, where there is one, on the smallest training step
 core     machine ceilings, every row of the target table, precision modes, a profile of the step
 matrix   the other combinations
+training `gfnode_fast.train` end to end and on large systems, its loss curves against the reference's
 
 Each part writes PART.json and PART.md under --out (default: $OUT, or the current folder) and prints
 the table last. It keeps to --minutes: rows come most important first with an estimated cost, which
@@ -25,6 +26,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -35,7 +37,7 @@ if not __package__:  # run as a file
 
 import torch
 
-from benchmarks import environment
+from benchmarks import environment, training_part
 from benchmarks.accuracy import accuracy
 from benchmarks.agreement import Checker
 from benchmarks.baselines import c1
@@ -49,7 +51,7 @@ from benchmarks.run import SCHEMA, failures, write
 from benchmarks.task import Unavailable
 
 ROOT = environment.ROOT
-PARTS = ("tests", "core", "matrix")
+PARTS = ("tests", "core", "matrix", "training")
 GPU_EFFORT = Effort(rounds=20, seconds_each=1.5, u0_limit_s=40.0)
 DRY_EFFORT = Effort(rounds=1, seconds_each=0.01, u0_limit_s=40.0)
 PROFILED_BATCHES = (50, 4096)
@@ -94,9 +96,8 @@ def measure_rows(
     for row in rows:
         estimate = estimated_seconds(row)
         if not clock.fits(estimate):
-            reason = f"no time: about {estimate:.0f} s, {max(clock.left, 0):.0f} s left"
-            names = contenders(row, device.type)
-            skipped = {name: {"status": "skipped", "reason": reason} for name in names}
+            reason = {"status": "skipped", "reason": _no_time(estimate, clock)}
+            skipped = dict.fromkeys(contenders(row, device.type), reason)
             found.append({"row": row.as_dict(), "contenders": skipped, "ratios": {}})
             continue
         print(f"[{clock.left:4.0f} s left] {row.name}", file=sys.stderr, flush=True)
@@ -224,6 +225,30 @@ def run_matrix(
     result["rows"] = measure_rows(rows, device, effort, clock, without)
 
 
+def run_training(
+    result: dict[str, Any],
+    device: torch.device,
+    clock: Clock,
+    dry: bool,
+    without: Collection[str] = (),
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="gfnode-runs-") as folder:
+        pieces = training_part.pieces(
+            device, Path(folder), dry=dry, triton="ours triton" not in without
+        )
+        for name, (estimate, run) in pieces.items():
+            if not clock.fits(estimate):
+                result.setdefault("skipped", {})[name] = _no_time(estimate, clock)
+                continue
+            began = time.perf_counter()
+            guarded(result, name, run)
+            clock.note(estimate, time.perf_counter() - began)
+
+
+def _no_time(estimate: float, clock: Clock) -> str:
+    return f"no time: about {estimate:.0f} s, {max(clock.left, 0):.0f} s left"
+
+
 def run_command(
     command: list[str], clock: Clock, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
@@ -325,12 +350,14 @@ def summary(result: dict[str, Any]) -> str:
             parts.append("```\n" + step["output"] + "\n```")
     if result["rows"]:
         parts.append(table(result))
+    parts += training_part.summaries(result)
+    parts += [f"skipped {name}: {why}" for name, why in result.get("skipped", {}).items()]
     parts += [f"FAILED {name}: {why}" for name, why in result.get("failed", {}).items()]
     parts += [f"FAILED {line}" for line in failures(result)]
     return "\n\n".join(parts)
 
 
-RUN = {"tests": run_tests, "core": run_core, "matrix": run_matrix}
+RUN = {"tests": run_tests, "core": run_core, "matrix": run_matrix, "training": run_training}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.formatting import factor
+from benchmarks.formatting import factor, seconds, size
 
 
 def equivalence_table(result: dict[str, Any]) -> str:
     """Verdict and distances of every precision, from a result of equivalence.py."""
-    size = result["size"]
+    about = result["size"]
     lines = [
-        f"Training of {size['sample']}, {size['steps']} steps of {size['batch']} windows, "
-        f"{size['seeds']} seeds; distances from the reference's loss curve in standard deviations "
+        f"Training of {about['sample']}, {about['steps']} steps of {about['batch']} windows, "
+        f"{about['seeds']} seeds; distances from the reference's loss curve in standard deviations "
         "over its seeds, the largest of all steps:",
         "",
         "| ours | same seed | means | relative | final errors | verdict |",
@@ -69,4 +69,39 @@ def _rate(found: dict[str, Any]) -> str:
     return f"{found['samples_per_s']:.3g}" + (" (n = 1)" if found["n"] == 1 else "")
 
 
-TABLES = {"equivalence": equivalence_table, "end_to_end": end_to_end_table}
+def large_systems_table(result: dict[str, Any]) -> str:
+    """Time and memory of a step against the size of the molecule, from large_systems.py."""
+    lines = [
+        f"Training steps of {result['batch']} windows against the size of the molecule:",
+        "",
+        "| | atoms | edges | step | per edge | peak memory | per edge | graph, once |",
+        "|" + " --- |" * 8,
+    ]
+    for system in result["systems"]:
+        edges = system["edges"]
+        cells = [
+            system["system"],
+            str(system["num_atoms"]),
+            str(edges),
+            seconds(system["median_s"]),
+            seconds(system["median_s"] / edges),
+            size(system["peak_bytes"]),
+            f"{system['peak_bytes'] / edges / 2**10:.3g} kB",
+            seconds(system["graph_s"]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    spreads = [
+        f"{name.capitalize()} per edge, largest over smallest: "
+        f"{factor(result[name]['per_edge_ratio'])}, exponent between the two largest "
+        f"{result[name]['last_exponent']:.2f}"
+        for name in ("time", "memory")
+        if result[name]
+    ]
+    return "\n".join([*lines, "", "; ".join(spreads)])
+
+
+TABLES = {
+    "equivalence": equivalence_table,
+    "end_to_end": end_to_end_table,
+    "large_systems": large_systems_table,
+}

@@ -10,19 +10,25 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import end_to_end, equivalence
+from benchmarks import end_to_end, equivalence, gpu_acceptance, large_systems, training_part
 from benchmarks.baselines.published_loop import ItemDataset, flattened, published_steps
 from benchmarks.equivalence_figure import draw
+from benchmarks.peptides import SYSTEMS, capped_peptide, vibrating
 from benchmarks.rounded import rounded, rounded_graph_layers
 from benchmarks.training_runs import Watch
-from benchmarks.training_tables import TABLES, end_to_end_table, equivalence_table
+from benchmarks.training_tables import (
+    end_to_end_table,
+    equivalence_table,
+    large_systems_table,
+)
 from gfnode_fast import FourierMD, reference
 from gfnode_fast.data import WindowDataset, build_graph, draw_windows, load_sample
+from gfnode_fast.data.graph import bonded_pairs
 from gfnode_fast.ops import graph_layers_torch
 from gfnode_fast.training import TrainEvent
 
 CPU = torch.device("cpu")
-TINY_MODEL = (("n_layers", 1), ("hidden_nf", 8), ("time_emb_dim", 4))
+TINY_MODEL = training_part.TINY_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -126,4 +132,53 @@ def test_end_to_end(tmp_path: Path) -> None:
     text = end_to_end_table({"batches": [found, without]})
     assert "| B = 2 in 2 parts |" in text
     assert "skipped: about" in text
-    assert set(TABLES) == {"equivalence", "end_to_end"}
+
+
+@pytest.mark.parametrize("num_atoms", SYSTEMS)
+def test_peptides_are_molecules(num_atoms: int) -> None:
+    positions, numbers = capped_peptide(SYSTEMS[num_atoms])
+    assert len(numbers) == num_atoms
+    bonded = bonded_pairs(positions, numbers)
+    assert bonded.sum() == 2 * (num_atoms - 1)  # a tree
+    neighbours = {1: 1, 8: 1, 7: 3}
+    for number, count in zip(numbers, bonded.sum(axis=1), strict=True):
+        assert count == neighbours.get(number, count)
+        assert number != 6 or count in (3, 4)
+    apart = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+    closest = apart[~(bonded | (bonded @ bonded))].min()
+    assert closest > 1.9  # no clash
+    moved = vibrating(positions, numbers, 30).positions
+    assert all((bonded_pairs(frame, numbers) == bonded).all() for frame in moved[::29])
+    assert 0 < np.abs(np.diff(moved, axis=0)).max() < 0.02  # smooth
+
+
+def test_alanines_are_left_handed() -> None:
+    positions, numbers = capped_peptide("A")
+    heavy = positions[numbers > 1]  # Ac C, C, N; Cα, O, C, Cβ, N; C, O
+    nitrogen, alpha, carbonyl, beta = heavy[[2, 3, 5, 6]]
+    volume = np.dot(nitrogen - alpha, np.cross(carbonyl - alpha, beta - alpha))
+    assert volume > 1
+    with pytest.raises(ValueError, match="`residues` must be letters A and G, got 'AV'"):
+        capped_peptide("AV")
+
+
+def test_large_systems_train_for_two_steps(tmp_path: Path) -> None:
+    size = large_systems.Size(batch=1, steps=1, warm=0, model=TINY_MODEL)
+    found = large_systems.measure((148, 370), size, CPU, tmp_path)
+    assert [system["num_atoms"] for system in found["systems"]] == [148, 370]
+    for system in found["systems"]:
+        assert system["n"] == 1
+        assert np.isfinite([system["first_loss"], system["last_loss"]]).all()
+        assert system["last_loss"] != system["first_loss"]
+    assert found["memory"]["last_exponent"] < 1.1  # nothing quadratic in a step
+    assert "exponent between the two largest" in large_systems_table(found)
+
+
+def test_the_part_on_a_gpu_runs_dry(tmp_path: Path) -> None:
+    options = ["--part", "training", "--dry-run", "--out", str(tmp_path)]
+    assert gpu_acceptance.main(options) == 0
+    text = (tmp_path / "training.md").read_text()
+    for piece in ("end_to_end:", "large_systems:", "equivalence:"):
+        assert piece in text
+    assert gpu_acceptance.main([*options, "--minutes", "0"]) == 0
+    assert "skipped equivalence: no time" in (tmp_path / "training.md").read_text()
