@@ -97,6 +97,8 @@ def training_progress() -> Iterator[Callable[[TrainEvent], None]]:
     with step_progress("step") as show:
 
         def on_event(event: TrainEvent) -> None:
+            if event.note:
+                say(event.note)
             if event.kind == "train":
                 notes["loss"] = f"loss {event.values['loss']:.4f}"
             if event.kind == "validation":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 Status = Literal["completed", "early_stopped", "max_steps", "max_seconds", "interrupted"]
+EventKind = Literal["start", "compile", "train", "validation", "end"]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -19,17 +20,21 @@ class TrainEvent:
     """What the progress callback gets, at every reading of the losses and every validation.
 
     Attributes:
-        kind: ``start``, ``train`` (a reading), ``validation`` or ``end``.
+        kind: ``start``, ``compile`` (twice, before and after it, with ``model.backend=compiled``),
+            ``train`` (a reading), ``validation`` or ``end``.
         step, total_steps: optimiser steps made, and to make in all.
         epoch: passes completed.
-        values: the numbers of the row just written to the metrics, if any.
+        values: the numbers of the row just written to the metrics, if any; after compiling those
+            of :class:`gfnode_fast.training.break_even.BreakEven`.
+        note: a sentence to show, if any.
     """
 
-    kind: Literal["start", "train", "validation", "end"]
+    kind: EventKind
     step: int
     total_steps: int
     epoch: int
     values: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
 
 
 Callback = Callable[[TrainEvent], None]

@@ -34,6 +34,7 @@ from gfnode_fast.training.config import (
 )
 from gfnode_fast.training.events import (
     Callback,
+    EventKind,
     Status,
     TrainEvent,
     TrainResult,
@@ -211,6 +212,7 @@ class _Run:
         self._tell("start")
         if self.position.step == 0:
             self._save("last")
+        self._compile()
         status = self._loop()
         self._check_readings()
         self._save("last")
@@ -226,6 +228,16 @@ class _Run:
             position.seconds - self.seconds_before,
             position.seconds,
         )
+
+    def _compile(self) -> None:
+        """Compile before the first step, where the model does, and say whether it pays back."""
+        most = self.config.max_steps or self.total_steps
+        to_go = min(most, self.total_steps) - self.position.step
+        if self.model.backend != "compiled" or to_go <= 0:
+            return
+        self._tell("compile", note="compiling the solves; the first time this takes minutes")
+        found = self.step.break_even()
+        self._tell("compile", dataclasses.asdict(found), note=found.sentence(to_go))
 
     def _loop(self) -> Status:
         optim, position = self.config.optim, self.position
@@ -317,14 +329,14 @@ class _Run:
 
     def _tell(
         self,
-        kind: Literal["start", "train", "validation", "end"],
+        kind: EventKind,
         values: Mapping[str, float] | None = None,
+        note: str = "",
     ) -> None:
         if self.progress is not None and self.ranks.is_first:
             position = self.position
-            self.progress(
-                TrainEvent(kind, position.step, self.total_steps, position.epoch, values or {})
-            )
+            args = (position.step, self.total_steps, position.epoch, values or {}, note)
+            self.progress(TrainEvent(kind, *args))
 
     def _seconds(self) -> float:
         if self.position.step == self.steps_before:

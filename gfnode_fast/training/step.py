@@ -16,6 +16,7 @@ from gfnode_fast.nn import FourierMD
 from gfnode_fast.nn.capture import TrainingStep, capture_training_step, why_not_capturable
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.training.averaging import WeightAverage
+from gfnode_fast.training.break_even import BreakEven, measure_break_even
 from gfnode_fast.training.checkpoint import Checkpoint
 from gfnode_fast.training.config import ConfigError, TrainConfig
 from gfnode_fast.training.events import NonFiniteLossError
@@ -27,6 +28,7 @@ from gfnode_fast.training.optimizer import (
     optimizer_tensors,
     restore_optimizer,
 )
+from gfnode_fast.training.problem import forked_random_state
 from gfnode_fast.training.ranks import Ranks
 
 
@@ -80,34 +82,50 @@ class BatchStep:
             index: (B,) windows, on the data's device; the same on every rank.
             number, epoch: steps and passes made before.
         """
-        optim = self._config.optim
+        optim, where = self._config.optim, f"at step {number + 1}"
         if self._ranks.count > 1 and self._config.model.use_vae:
             torch.manual_seed(derived_seed(optim.seed, number, self._ranks.rank))
         self._optimizer.set_lr(learning_rate(optim, number, epoch))
         if self._config.capture and len(index) == self._full_batch:
-            self._run_captured(index, number)
+            self._run_captured(index, where)
         else:
-            self._run(index, number)
+            self._update(self._gradients(index, where))
         self._readings[number % len(self._readings)] = self._reading
         if self.average is not None:
             self.average.update(number + 1)
 
-    def _run(self, index: Tensor, number: int) -> None:
+    def break_even(self) -> BreakEven:
+        """Compile the solves of ``backend="compiled"`` now; time what that costs and saves.
+
+        Forward and backward of one batch are run several times and thrown away: parameters,
+        optimiser and random state, and with them the run, are what they would be without.
+        """
+        device = self._reading.device
+        index = torch.arange(self._full_batch, device=device)
+        with forked_random_state(device):
+            found = measure_break_even(
+                self._model, lambda: self._gradients(index, "in the step that is timed")
+            )
+        self._optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def _gradients(self, index: Tensor, where: str) -> Tensor:
+        """Run a batch forward and backward; the loss."""
         self._optimizer.zero_grad(set_to_none=True)
         loss = self._reading.new_zeros(())
         for part, weight in self._parts(index):
             batch = self._data.batch(part)
-            with naming_failed_solves(self._config, f"at step {number + 1}"):
+            with naming_failed_solves(self._config, where):
                 outputs = self._model(**batch.inputs())
             share = self._loss(outputs, batch.target) * weight
             share.backward()
             loss += share.detach()
-        self._update(loss)
+        return loss
 
-    def _run_captured(self, index: Tensor, number: int) -> None:
+    def _run_captured(self, index: Tensor, where: str) -> None:
         batch = self._data.batch(index)
         inputs = batch.inputs()
-        with naming_failed_solves(self._config, f"at step {number + 1}"):
+        with naming_failed_solves(self._config, where):
             if self._captured is None:
                 self._captured = capture_training_step(
                     self._model,
