@@ -10,7 +10,7 @@ and
          compute-sanitizer, where there is one, on the smallest training step
 core     machine ceilings, every row of the target table, precision modes, a profile of the step
 matrix   the other combinations
-training `gfnode_fast.train` end to end and on large systems, its loss curves against the reference's
+training `gfnode_fast.train` end to end, on large systems, and its loss curves
 
 Each part writes PART.json and PART.md under --out (default: $OUT, or the current folder) and prints
 the table last. It keeps to --minutes: rows come most important first with an estimated cost, which
