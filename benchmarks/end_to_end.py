@@ -5,14 +5,15 @@
 
 train          `gfnode_fast.train` as the command line calls it, between two readings of its losses:
                drawing the batch, forward, backward, update, guard, reading and logging
-bare step      the same model's forward, backward and update on one fixed batch (as a CUDA graph
-               where its solves allow one): train / bare step is what the loop costs
+bare step      the same model's forward, backward and update on one fixed batch: train / bare step
+               is what the loop costs
 published      the reference model behind a per-item data loader, Adam; the work between two steps,
                loading included
 
 Validation and checkpoints are left out of all three. They take turns, round after round; published
 runs once, n = 1, where it is predicted to take long, and not at all beyond --published-limit
-seconds, which is then said. On a GPU "Triton" runs the same with model.backend=triton.
+seconds, which is then said. On a GPU "Triton" runs the same with model.backend=triton, train and
+bare step captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -51,12 +52,11 @@ MOST_WINDOWS = 28672  # of the shipped run's training block: seven batches of 40
 
 @dataclass(frozen=True)
 class Effort:
-    """Steps per reading, readings that count in a round, rounds; parts of a batch for memory."""
+    """Steps per reading, readings that count in a round, rounds."""
 
     log_every: int
     readings: int
     rounds: int
-    accumulate: int = 1
 
 
 def effort(batch: int, device: torch.device, rounds: int) -> Effort:
@@ -66,8 +66,7 @@ def effort(batch: int, device: torch.device, rounds: int) -> Effort:
         return Effort(log_every=10, readings=1, rounds=rounds)
     if batch <= 200:
         return Effort(log_every=2, readings=2, rounds=rounds)
-    # 14 GB at 4096 otherwise
-    return Effort(log_every=1, readings=2, rounds=1, accumulate=-(-batch // 512))
+    return Effort(log_every=1, readings=2, rounds=1)
 
 
 def config(
@@ -81,11 +80,10 @@ def config(
             trajectory=f"sample:{sample_name}", train_size=windows, val_size=1, test_size=1
         ),
         model=ModelConfig(backend=backend),
-        optim=OptimConfig(
-            batch_size=batch, accumulate=much.accumulate, validate_every=steps + 1, epochs=steps + 1
-        ),
+        optim=OptimConfig(batch_size=batch, validate_every=steps + 1, epochs=steps + 1),
         output=str(output),
         device=device.type,
+        capture=backend == "triton",
         log_every=much.log_every,
         checkpoint_every=steps + 1,
         max_steps=steps,
@@ -124,7 +122,7 @@ def measure_batch(
             )
             timings.setdefault(f"train{suffix}", Timing()).samples += watch.step_seconds()
             bare = timings.setdefault(f"bare step{suffix}", Timing(repeats=much.log_every))
-            step, _ = training_runs.bare_step(run, load_sample(molecule), device)
+            step = training_runs.bare_step(run, load_sample(molecule), device)
             step()
             bare.samples += [sample(step, device, much.log_every) for _ in range(much.readings)]
             del step
@@ -150,7 +148,7 @@ def measure_batch(
         if name.startswith("train") and base in timings
     }
     return {
-        "batch": batch, "accumulate": much.accumulate, "contenders": found, "ratios": ratios,
+        "batch": batch,  "contenders": found, "ratios": ratios,
     }  # fmt: skip
 
 

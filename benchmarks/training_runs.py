@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import environment
 from benchmarks.formatting import SCHEMA
 from gfnode_fast import capture_training_step, train
-from gfnode_fast.data import Batch, WindowDataset, load_windows
+from gfnode_fast.data import WindowDataset, load_windows
 from gfnode_fast.data.trajectory import Trajectory
-from gfnode_fast.nn.capture import why_not_capturable
 from gfnode_fast.training import TrainConfig, TrainEvent, TrainResult, load_model
 
 
@@ -74,47 +74,41 @@ def watched(config: TrainConfig, wanted: str) -> tuple[Watch, TrainResult]:
 
 def bare_step(
     run: str | Path, trajectory: Trajectory, device: torch.device
-) -> tuple[Callable[[], object], Batch]:
-    """A training step of a run's own model on one batch of its own windows, and that batch.
+) -> Callable[[], object]:
+    """A training step of a run's own model on one batch of its own windows.
 
-    Forward, backward and update with everything in place beforehand: as a CUDA graph where the
-    model's solves allow one, in the parts of `optim.accumulate` where that is set.
+    Forward, backward and update with everything in place beforehand; captured where the run was.
     """
     trained = load_model(run, device=str(device))
     optim = trained.config.optim
     model = trained.model.train()
     windows = load_windows(Path(run) / "windows.json", trajectory)["train"]
     dataset = WindowDataset(trajectory, trained.graph, windows, device=device)
-    index = torch.arange(min(optim.batch_size, len(dataset)), device=device)
-    parts = [dataset.batch(part) for part in index.tensor_split(optim.accumulate)]
-    capturable = device.type == "cuda" and why_not_capturable(model) is None
+    batch = dataset.batch(torch.arange(min(optim.batch_size, len(dataset)), device=device))
+    captured = trained.config.capture
     optimizer = torch.optim.Adam(
         model.parameters(),
         lr=optim.lr,
         weight_decay=optim.weight_decay,
         fused=True,
-        capturable=capturable,
+        capturable=captured and device.type == "cuda",
     )
-    if capturable and len(parts) == 1:
-        inputs, target = parts[0].inputs(), parts[0].target
-        step = capture_training_step(
-            model,
-            optimizer,
-            loss_fn=lambda outputs, target: (outputs[0] - target).square().mean(),
-            inputs=inputs,
-            targets=(target,),
-        )
-        return lambda: step(inputs, target), parts[0]
+    inputs, target = batch.inputs(), batch.target
+
+    def loss_of(outputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
+        return (outputs[0] - target).square().mean()
 
     def run_step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        for part in parts:
-            share = len(part.timeframes) / len(index)
-            loss = (model(**part.inputs())[0] - part.target).square().mean() * share
-            loss.backward()
+        loss_of(model(**inputs), target).backward()
         optimizer.step()
 
-    return run_step, parts[0]
+    if not captured:
+        return run_step
+    step = capture_training_step(
+        model, optimizer, loss_fn=loss_of, inputs=inputs, targets=(target,)
+    )
+    return lambda: step(inputs, target)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

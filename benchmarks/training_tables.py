@@ -43,8 +43,6 @@ def end_to_end_table(result: dict[str, Any]) -> str:
     for entry in result["batches"]:
         found, ratios = entry["contenders"], entry["ratios"]
         label = f"B = {entry['batch']}"
-        if entry["accumulate"] > 1:
-            label += f" in {entry['accumulate']} parts"
         for suffix in ("", " Triton"):
             name = f"train{suffix}"
             if name not in found:
