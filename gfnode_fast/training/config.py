@@ -7,140 +7,18 @@ The defaults are the published recipe (Adam 1e-4, batch 50, 5000 epochs, StepLR(
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gfnode_fast.data.readers import Format
 from gfnode_fast.nn.backends import BACKENDS
 from gfnode_fast.ops.graph_layers import PRECISIONS
-
-SAMPLE_PREFIX = "sample:"
+from gfnode_fast.training.config_checks import ConfigError, choice, must, positive, positive_int
+from gfnode_fast.training.data_config import SAMPLE_PREFIX, DataConfig
 
 # Where a run writes, when it stops and what it reports: changing these cannot change a number.
 CHANGEABLE_ON_RESUME = ("output", "max_steps", "max_seconds", "checkpoint_every", "tensorboard")
-
-
-class ConfigError(ValueError):
-    """A configuration value that cannot be used; the message names the field."""
-
-
-def _must(condition: bool, name: str, expected: str, got: object, advice: str) -> None:
-    if not condition:
-        raise ConfigError(f"config: `{name}` must be {expected}, got {got!r}; {advice}")
-
-
-def _positive_int(name: str, value: object, *, minimum: int = 1) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-    _must(ok, name, f"an integer >= {minimum}", value, "give a whole number")
-
-
-def _positive(name: str, value: object, *, zero: bool = False) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    ok = ok and (value > 0 or (zero and value == 0))  # type: ignore[operator]
-    _must(ok, name, "a finite number " + (">= 0" if zero else "> 0"), value, "give a number")
-
-
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    _must(value in allowed, name, "one of " + ", ".join(allowed), value, "choose one of them")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The trajectory and the windows drawn from it.
-
-    Attributes:
-        trajectory: a file that ``gfnode_fast.data.load_trajectory`` reads, or ``sample:aspirin``
-            / ``sample:ethanol`` for the shipped GFN2-xTB runs.
-        dt_fs: time between frames in fs when the file does not say.
-        topology: topology file for DCD/XTC/H5 trajectories.
-        format: reader to use when the file name does not tell.
-        heavy_only: drop hydrogens (as published for MD17; keep them for MD22).
-        bonds: ``covalent`` radii, or the ``published`` 1.6 A rule.
-        rigid_bonds: pairs of atom indices marked ``stick`` in the edge features, or the name of
-            one of the published lists (``aspirin``, ``ethanol`` ...).
-        num_timesteps: T, output times of one window.
-        delta_frame: the longest horizon, frames.
-        sampling: ``irregular`` (T distinct times drawn per window) or ``regular``.
-        split: ``blocks`` (contiguous time blocks with gaps, no leak) or ``published`` (random).
-        train_size, val_size, test_size: windows in each part; null: every start there is.
-        fractions: lengths of the three blocks, in proportion.
-        seed: seed of the windows.
-        split_file: windows written by ``gfnode_fast.data.save_windows`` (every run writes its own
-            to ``windows.json``), used in place of drawing them.
-    """
-
-    trajectory: str = SAMPLE_PREFIX + "aspirin"
-    dt_fs: float | None = None
-    topology: str | None = None
-    format: Format | None = None
-    heavy_only: bool = True
-    bonds: Literal["covalent", "published"] = "covalent"
-    rigid_bonds: list[tuple[int, int]] | str = field(default_factory=list)
-    num_timesteps: int = 8
-    delta_frame: int = 3000
-    sampling: Literal["irregular", "regular"] = "irregular"
-    split: Literal["blocks", "published"] = "blocks"
-    train_size: int | None = 500
-    val_size: int | None = 2000
-    test_size: int | None = 2000
-    fractions: tuple[float, float, float] = (0.6, 0.2, 0.2)
-    seed: int = 0
-    split_file: str | None = None
-
-    def __post_init__(self) -> None:
-        ok = isinstance(self.trajectory, str) and self.trajectory != ""
-        _must(ok, "data.trajectory", "a file or sample:NAME", self.trajectory, "name one")
-        if self.dt_fs is not None:
-            _positive("data.dt_fs", self.dt_fs)
-        if self.trajectory.startswith(SAMPLE_PREFIX):
-            for name in ("dt_fs", "topology", "format"):
-                value = getattr(self, name)
-                _must(value is None, f"data.{name}", "null for a sample", value, "leave it out")
-            _must(
-                self.heavy_only,
-                "data.heavy_only",
-                "true for a sample, which has no hydrogens",
-                self.heavy_only,
-                "leave it out, or make a trajectory with gfnode-fast data simulate",
-            )
-        _choice("data.bonds", self.bonds, ("covalent", "published"))
-        _choice("data.sampling", self.sampling, ("irregular", "regular"))
-        _choice("data.split", self.split, ("blocks", "published"))
-        for name in ("num_timesteps", "delta_frame", "train_size", "val_size", "test_size"):
-            if getattr(self, name) is not None or not name.endswith("_size"):
-                _positive_int(f"data.{name}", getattr(self, name))
-        _must(
-            len(self.fractions) == 3,
-            "data.fractions",
-            "three numbers",
-            self.fractions,
-            "give those of train, val and test",
-        )
-        for fraction in self.fractions:
-            _positive("data.fractions", fraction)
-        object.__setattr__(self, "fractions", tuple(self.fractions))
-        _positive_int("data.seed", self.seed, minimum=0)
-        _must(
-            self.delta_frame >= self.num_timesteps,
-            "data.delta_frame",
-            f">= data.num_timesteps ({self.num_timesteps})",
-            self.delta_frame,
-            "T distinct times need at least T frames",
-        )
-        if not isinstance(self.rigid_bonds, str):
-            pairs = [tuple(pair) for pair in self.rigid_bonds]
-            good = all(len(p) == 2 and all(isinstance(i, int) and i >= 0 for i in p) for p in pairs)
-            _must(
-                good,
-                "data.rigid_bonds",
-                "pairs of atom indices",
-                self.rigid_bonds,
-                "write [[0, 1], [2, 3]]",
-            )
-            object.__setattr__(self, "rigid_bonds", pairs)
 
 
 @dataclass(frozen=True)
@@ -171,28 +49,28 @@ class ModelConfig:
     recompute: bool | None = None
 
     def __post_init__(self) -> None:
-        _positive_int("model.n_layers", self.n_layers)
-        _positive_int("model.hidden_nf", self.hidden_nf)
-        _positive_int("model.num_modes", self.num_modes)
-        _positive_int("model.time_emb_dim", self.time_emb_dim, minimum=4)
-        _choice("model.backend", self.backend, BACKENDS)
-        _choice("model.precision", self.precision, PRECISIONS)
-        _choice("model.solver_mode", self.solver_mode, ("joint", "per_molecule", "exact"))
-        _positive("model.rtol", self.rtol)
-        _positive("model.atol", self.atol)
-        _choice(
+        positive_int("model.n_layers", self.n_layers)
+        positive_int("model.hidden_nf", self.hidden_nf)
+        positive_int("model.num_modes", self.num_modes)
+        positive_int("model.time_emb_dim", self.time_emb_dim, minimum=4)
+        choice("model.backend", self.backend, BACKENDS)
+        choice("model.precision", self.precision, PRECISIONS)
+        choice("model.solver_mode", self.solver_mode, ("joint", "per_molecule", "exact"))
+        positive("model.rtol", self.rtol)
+        positive("model.atol", self.atol)
+        choice(
             "model.gnn_ablation_mode",
             str(self.gnn_ablation_mode).lower(),
             ("egnn", "sage", "graphsage", "gcn"),
         )
-        _choice(
+        choice(
             "model.mode_interaction",
             self.mode_interaction,
             ("no_interaction", "attention", "concat"),
         )
-        _choice("model.time_mode", self.time_mode, ("none", "concat", "mlp", "posenc", "rope"))
+        choice("model.time_mode", self.time_mode, ("none", "concat", "mlp", "posenc", "rope"))
         if self.no_fourier:
-            _must(
+            must(
                 self.fourier_basis is None,
                 "model.fourier_basis",
                 "null with model.no_fourier",
@@ -200,7 +78,7 @@ class ModelConfig:
                 "set model.fourier_basis to null",
             )
         else:
-            _must(
+            must(
                 self.fourier_basis in ("graph", "linear"),
                 "model.fourier_basis",
                 "graph or linear",
@@ -255,24 +133,24 @@ class OptimConfig:
     dtype: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:
-        _positive("optim.lr", self.lr)
-        _positive("optim.weight_decay", self.weight_decay, zero=True)
-        _positive("optim.lr_gamma", self.lr_gamma)
-        _positive("optim.kl_weight", self.kl_weight, zero=True)
+        positive("optim.lr", self.lr)
+        positive("optim.weight_decay", self.weight_decay, zero=True)
+        positive("optim.lr_gamma", self.lr_gamma)
+        positive("optim.kl_weight", self.kl_weight, zero=True)
         for name in ("batch_size", "accumulate", "epochs", "lr_step_epochs", "validate_every"):
-            _positive_int(f"optim.{name}", getattr(self, name))
-        _positive_int("optim.warmup_steps", self.warmup_steps, minimum=0)
-        _choice("optim.optimizer", self.optimizer, ("adam", "adamw"))
-        _choice("optim.lr_scaling", self.lr_scaling, ("none", "linear", "sqrt"))
+            positive_int(f"optim.{name}", getattr(self, name))
+        positive_int("optim.warmup_steps", self.warmup_steps, minimum=0)
+        choice("optim.optimizer", self.optimizer, ("adam", "adamw"))
+        choice("optim.lr_scaling", self.lr_scaling, ("none", "linear", "sqrt"))
         if self.clip_norm is not None:
-            _positive("optim.clip_norm", self.clip_norm)
+            positive("optim.clip_norm", self.clip_norm)
         if self.ema_decay is not None:
-            _positive("optim.ema_decay", self.ema_decay)
-            _must(self.ema_decay < 1, "optim.ema_decay", "below 1", self.ema_decay, "try 0.999")
+            positive("optim.ema_decay", self.ema_decay)
+            must(self.ema_decay < 1, "optim.ema_decay", "below 1", self.ema_decay, "try 0.999")
         if self.patience is not None:
-            _positive_int("optim.patience", self.patience)
-        _positive_int("optim.seed", self.seed, minimum=0)
-        _choice("optim.dtype", self.dtype, ("float32", "float64"))
+            positive_int("optim.patience", self.patience)
+        positive_int("optim.seed", self.seed, minimum=0)
+        choice("optim.dtype", self.dtype, ("float32", "float64"))
 
 
 @dataclass(frozen=True)
@@ -285,8 +163,8 @@ class TrainConfig:
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         capture: on a GPU, replay the step of every full batch as one CUDA graph (see
             :func:`gfnode_fast.capture_training_step`); a smaller last batch of an epoch is run
-            plainly. Needs solves that decide nothing on the host, one process and no accumulation.
-            On the CPU it is the plain step.
+            plainly. Needs solves that decide nothing on the host, one process, one molecule and no
+            accumulation. On the CPU it is the plain step.
         log_every: optimiser steps between two readings of the losses. Nothing is read from the
             device in between.
         checkpoint_every: epochs between two "last" checkpoints.
@@ -309,25 +187,32 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         ok = isinstance(self.output, str) and self.output != ""
-        _must(ok, "output", "a directory", self.output, "name one")
+        must(ok, "output", "a directory", self.output, "name one")
         device_ok = isinstance(self.device, str) and (
             self.device in ("auto", "cpu", "cuda")
             or (self.device.startswith("cuda:") and self.device[5:].isdigit())
         )
-        _must(device_ok, "device", "auto, cpu, cuda or cuda:N", self.device, "choose one of them")
-        _must(
+        must(device_ok, "device", "auto, cpu, cuda or cuda:N", self.device, "choose one of them")
+        must(
             not self.capture or self.optim.accumulate == 1,
             "capture",
             f"false with optim.accumulate ({self.optim.accumulate})",
             self.capture,
             "a CUDA graph holds one whole batch: set optim.accumulate to 1",
         )
-        _positive_int("log_every", self.log_every)
-        _positive_int("checkpoint_every", self.checkpoint_every)
+        must(
+            not (self.capture and self.data.is_mixed),
+            "capture",
+            "false with data.molecules",
+            self.capture,
+            "a CUDA graph has one size, mixed batches have many: leave it out",
+        )
+        positive_int("log_every", self.log_every)
+        positive_int("checkpoint_every", self.checkpoint_every)
         if self.max_steps is not None:
-            _positive_int("max_steps", self.max_steps)
+            positive_int("max_steps", self.max_steps)
         if self.max_seconds is not None:
-            _positive("max_seconds", self.max_seconds)
+            positive("max_seconds", self.max_seconds)
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -392,6 +277,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 __all__ = [
+    "SAMPLE_PREFIX",
     "ConfigError",
     "DataConfig",
     "ModelConfig",

@@ -141,15 +141,14 @@ class DataConfig:
             self.trajectory,
             "make it one of the molecules",
         )
-        fixed = SHARED | {"molecules"}
-        allowed = {"name", *(option.name for option in fields(self))} - fixed
+        own = {"name", *(option.name for option in fields(self))} - SHARED - {"molecules"}
         entries = [{"trajectory": m} if isinstance(m, str) else dict(m) for m in self.molecules]
         for k, entry in enumerate(entries):
-            unknown = sorted(set(entry) - allowed)
+            unknown = sorted(set(entry) - own)
             must(
                 not unknown and "trajectory" in entry,
                 f"data.molecules[{k}]",
-                f"a trajectory, or a mapping of `trajectory` and any of {', '.join(sorted(allowed))}",
+                f"a trajectory, or `trajectory` with any of {', '.join(sorted(own))}",
                 entry,
                 f"remove {unknown[0]}" if unknown else "add trajectory",
             )

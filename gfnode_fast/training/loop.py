@@ -16,11 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gfnode_fast.data import WindowDataset, save_windows
-from gfnode_fast.nn import FourierMD
 from gfnode_fast.training.checkpoint import (
     Checkpoint,
-    CheckpointError,
     read_checkpoint,
     write_checkpoint,
     write_json,
@@ -40,20 +37,19 @@ from gfnode_fast.training.events import (
     TrainResult,
 )
 from gfnode_fast.training.interruption import interruptions
-from gfnode_fast.training.metrics import MetricsLog
+from gfnode_fast.training.metrics import MetricsLog, molecule_columns
+from gfnode_fast.training.molecules import Molecules
 from gfnode_fast.training.optimizer import learning_rate
+from gfnode_fast.training.order import epoch_order
 from gfnode_fast.training.problem import (
     build_model,
     forked_random_state,
-    graph_from_tensors,
-    graph_to_tensors,
-    load_problem,
     resolve_device,
     torch_dtype,
-    warn_if_modes_cut,
 )
 from gfnode_fast.training.ranks import Ranks, joined_ranks, local_device
-from gfnode_fast.training.step import BatchStep, derived_seed, naming_failed_solves
+from gfnode_fast.training.step import BatchStep, naming_failed_solves
+from gfnode_fast.training.validation import mean_squared_errors
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +72,10 @@ def train(
     config: TrainConfig, *, resume: bool = False, progress: Callback | None = None
 ) -> TrainResult:
     """Train a model; the loss is the mean squared error of the positions over atoms and times.
+
+    With ``data.molecules`` one model, a GFNODE, learns from batches that mix them. Every window of
+    a batch, and of a validation, counts the same, whatever the size of its molecule; so "best" is
+    the lowest mean over all validation windows, and ``val_size`` of a molecule is its weight in it.
 
     Under ``torchrun`` the processes share every batch (`gfnode_fast.training.ranks`): the same run
     as in one process, to rounding and, with joint steps, the solver's tolerance. Rank 0 writes.
@@ -120,46 +120,6 @@ def train(
             return run.run()
 
 
-def epoch_order(seed: int, epoch: int, num_windows: int) -> Tensor:
-    """The order of the training windows in an epoch: a function of seed and epoch alone."""
-    generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
-    return torch.randperm(num_windows, generator=generator)
-
-
-@torch.no_grad()
-def mean_squared_errors(
-    model: FourierMD,
-    dataset: WindowDataset,
-    *,
-    batch_size: int,
-    seed: int = 0,
-    ranks: Ranks | None = None,
-) -> tuple[float, float]:
-    """MSE of the positions over all T times, and at the last time, over all windows of a data set.
-
-    The VAE's noise is drawn from ``seed``; global random state is restored. Read from the device
-    once, at the end. Ranks take batches in turn: every window counts once.
-    """
-    ranks = ranks or Ranks()
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    with forked_random_state(device):
-        torch.manual_seed(seed + ranks.rank)
-        batches = torch.arange(len(dataset), device=device).split(batch_size)
-        for index in batches[ranks.rank :: ranks.count]:
-            batch = dataset.batch(index)
-            predicted = model(**batch.inputs())[0]
-            squared = (predicted - batch.target).double().square()
-            by_time = squared.view(batch.timeframes.shape[1], -1).mean(dim=1)
-            total += len(index) * torch.stack((by_time.mean(), by_time[-1]))
-    model.train(was_training)
-    ranks.sum([total])
-    mse, last = (total / len(dataset)).tolist()
-    return mse, last
-
-
 class _Run:
     """One call of :func:`train`."""
 
@@ -175,19 +135,18 @@ class _Run:
         self.config, self.device, self.ranks = config, device, ranks
         self.interrupted, self.progress = interrupted, progress
         self.output = Path(config.output)
-        stored = graph_from_tensors(checkpoint.section("graph")) if checkpoint else None
-        self.problem = load_problem(config.data, stored_graph=stored)
+        self.molecules = Molecules(config, checkpoint)
         dtype = torch_dtype(config)
-        self.train_set = self.problem.dataset("train", dtype=dtype, device=device)
-        self.val_set = self.problem.dataset("val", dtype=dtype, device=device)
+        self.train_set = self.molecules.dataset("train", dtype=dtype, device=device)
+        self.val_set = self.molecules.dataset("val", dtype=dtype, device=device)
         torch.manual_seed(config.optim.seed)
-        self.model = build_model(config, self.problem.trajectory.num_atoms).to(device, dtype)
+        self.model = build_model(config, self.molecules.num_atoms).to(device, dtype)
         self.step = BatchStep(config, self.model, self.train_set, ranks)
         self.position = _Position()
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
-            warn_if_modes_cut(config, self.problem.graph)
+            self.molecules.warn_if_modes_cut()
         self.metrics = self._begin_files() if ranks.is_first else None
         self.batches_per_epoch = -(-len(self.train_set) // config.optim.batch_size)
         self.total_steps = config.optim.epochs * self.batches_per_epoch
@@ -197,15 +156,13 @@ class _Run:
     def _begin_files(self) -> MetricsLog:
         self.output.mkdir(parents=True, exist_ok=True)
         metrics = MetricsLog(
-            self.output, keep_rows=self.position.rows, tensorboard=self.config.tensorboard
+            self.output,
+            keep_rows=self.position.rows,
+            tensorboard=self.config.tensorboard,
+            molecules=self.molecules.names,
         )
         write_json(self.output / "config.json", config_to_dict(self.config))
-        save_windows(
-            self.output / "windows.json",
-            self.problem.windows,
-            self.problem.trajectory,
-            options=config_to_dict(self.config)["data"],
-        )
+        self.molecules.save_windows(self.output)
         return metrics
 
     def run(self) -> TrainResult:
@@ -242,8 +199,13 @@ class _Run:
     def _loop(self) -> Status:
         optim, position = self.config.optim, self.position
         while position.epoch < optim.epochs and not self._stale():
-            order = epoch_order(optim.seed, position.epoch, len(self.train_set)).to(self.device)
-            batches = order.split(optim.batch_size)
+            order = epoch_order(
+                optim.seed,
+                position.epoch,
+                self.train_set.counts,
+                self.config.data.sampling_temperature,
+            )
+            batches = order.to(self.train_set.index_device).split(optim.batch_size)
             while position.batch < len(batches):
                 reason = self._reason_to_stop()
                 if reason is not None:
@@ -298,7 +260,7 @@ class _Run:
         position, optim = self.position, self.config.optim
         where = f"in the validation after step {position.step}"
         with naming_failed_solves(self.config, where), self._averaged():
-            mse, last = mean_squared_errors(
+            mse, last, by_molecule = mean_squared_errors(
                 self.model,
                 self.val_set,
                 batch_size=optim.batch_size,
@@ -309,7 +271,9 @@ class _Run:
         if improved:
             position.best_mse, position.best_epoch = mse, position.epoch
         position.stale = 0 if improved else position.stale + 1
-        self._record("validation", val_mse=mse, val_mse_last=last)
+        columns = molecule_columns(self.molecules.names)
+        values = dict(zip(columns, by_molecule, strict=True)) if columns else {}
+        self._record("validation", val_mse=mse, val_mse_last=last, **values)
         if improved:
             with self._averaged():
                 self._save("best")
@@ -349,14 +313,12 @@ class _Run:
             return
         self.metrics.synchronise()
         self.position.rows = self.metrics.num_rows
-        state = {f"graph.{k}": t for k, t in graph_to_tensors(self.problem.graph).items()}
+        state = self.molecules.tensors()
         manifest: dict[str, Any] = {
             **_decides_bits(),
             "device": self.device.type,
             "config": config_to_dict(self.config),
-            "num_atoms": self.problem.trajectory.num_atoms,
-            "dt_fs": self.problem.trajectory.dt_fs,
-            "data": self.problem.hashes,
+            **self.molecules.manifest(),
             "position": dataclasses.asdict(self.position),
         }
         if name == "last":
@@ -370,14 +332,6 @@ class _Run:
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        for part, digest in self.problem.hashes.items():
-            stored = checkpoint.manifest["data"][part]
-            if stored != digest:
-                raise CheckpointError(
-                    f"train: `data` must be what the run was started with, got another {part} "
-                    f"(hash {digest[:16]}… instead of {stored[:16]}…); "
-                    "restore the data or start a new run"
-                )
         stored_device = checkpoint.manifest["device"]
         if stored_device != self.device.type:
             raise ConfigError(

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class MetricsLog:
             the steps that made them will be made again. Without a ``metrics.jsonl`` a warning is
             logged and the log begins anew.
         tensorboard: also write event files, to ``directory/tensorboard``.
+        molecules: names of those that have errors of their own, in `molecule_columns`.
 
     Raises:
         CheckpointError: ``metrics.jsonl`` is damaged or has fewer rows than the checkpoint.
@@ -39,28 +41,36 @@ class MetricsLog:
         WriteError: no space or no permission; also from the methods.
     """
 
-    def __init__(self, directory: Path, *, keep_rows: int = 0, tensorboard: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep_rows: int = 0,
+        tensorboard: bool = False,
+        molecules: Sequence[str] = (),
+    ) -> None:
+        self._columns = (*COLUMNS, *molecule_columns(molecules))
         self._events = _summary_writer(directory / "tensorboard") if tensorboard else None
         rows = _rows_to_keep(directory, keep_rows) if keep_rows else []
         self.num_rows = len(rows)
         json_path, csv_path = directory / "metrics.jsonl", directory / "metrics.csv"
         with atomic_write(json_path) as stream:
             stream.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        header = ",".join(COLUMNS) + "\n"
+        header = ",".join(self._columns) + "\n"
         with atomic_write(csv_path) as stream:
-            stream.write((header + "".join(_csv_line(row) for row in rows)).encode())
+            stream.write((header + "".join(self._csv_line(row) for row in rows)).encode())
         self._json, self._csv = AppendedFile(json_path), AppendedFile(csv_path)
 
     def write(self, row: Row) -> None:
-        """Append one row; its keys must be among ``COLUMNS``."""
-        unknown = sorted(set(row) - set(COLUMNS))
+        """Append one row; its keys must be among the columns."""
+        unknown = sorted(set(row) - set(self._columns))
         if unknown:
             raise ValueError(
-                f"metrics: `row` must have keys among {', '.join(COLUMNS)}, got {unknown}; "
+                f"metrics: `row` must have keys among {', '.join(self._columns)}, got {unknown}; "
                 "add the column"
             )
         self._json.write(json.dumps(row) + "\n")
-        self._csv.write(_csv_line(row))
+        self._csv.write(self._csv_line(row))
         self.num_rows += 1
         if self._events is not None:
             for name, value in row.items():
@@ -80,6 +90,16 @@ class MetricsLog:
         self._csv.close()
         if self._events is not None:
             self._events.close()
+
+    def _csv_line(self, row: Row) -> str:
+        buffer = io.StringIO()
+        csv.DictWriter(buffer, self._columns, restval="", lineterminator="\n").writerow(row)
+        return buffer.getvalue()
+
+
+def molecule_columns(names: Sequence[str]) -> list[str]:
+    """The columns of the validation errors of each of several molecules."""
+    return [f"val_mse/{name}" for name in names]
 
 
 def read_metrics(directory: str | Path) -> list[Row]:
@@ -115,12 +135,6 @@ def _rows_to_keep(directory: Path, count: int) -> list[Row]:
             f"{len(rows)}; restore the file, or remove it to go on without the earlier rows"
         )
     return rows[:count]
-
-
-def _csv_line(row: Row) -> str:
-    buffer = io.StringIO()
-    csv.DictWriter(buffer, COLUMNS, restval="", lineterminator="\n").writerow(row)
-    return buffer.getvalue()
 
 
 def _summary_writer(directory: Path) -> Any:

@@ -26,7 +26,7 @@ from gfnode_fast.data import (
     load_trajectory,
     load_windows,
 )
-from gfnode_fast.nn import FourierMD
+from gfnode_fast.nn import GFNODE, FourierMD
 from gfnode_fast.spectra import spectral_gap_report
 from gfnode_fast.training.config import SAMPLE_PREFIX, ConfigError, DataConfig, TrainConfig
 
@@ -56,15 +56,36 @@ class Problem:
     windows: dict[str, Windows]
     hashes: dict[str, str]
 
-    def dataset(self, split: str, *, dtype: torch.dtype, device: torch.device) -> WindowDataset:
-        """The windows of one part as tensors on a device."""
+    def dataset(
+        self,
+        split: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        largest_number: int | None = None,
+    ) -> WindowDataset:
+        """The windows of one part as tensors on a device; arguments as of `WindowDataset`."""
         return WindowDataset(
-            self.trajectory, self.graph, self.windows[split], dtype=dtype, device=device
+            self.trajectory,
+            self.graph,
+            self.windows[split],
+            dtype=dtype,
+            device=device,
+            largest_number=largest_number,
         )
 
 
 def read_trajectory(data: DataConfig) -> Trajectory:
-    """The trajectory that the configuration names."""
+    """The trajectory that the configuration names.
+
+    Raises:
+        ConfigError: it names several.
+    """
+    if data.is_mixed:
+        raise ConfigError(
+            f"config: `data.molecules` must be left out here, where one trajectory is meant, got "
+            f"{', '.join(data.by_molecule())}; name one as data.trajectory"
+        )
     if data.trajectory.startswith(SAMPLE_PREFIX):
         name = data.trajectory.removeprefix(SAMPLE_PREFIX)
         return load_sample(name)  # type: ignore[arg-type] # it checks the name itself
@@ -138,13 +159,13 @@ def _windows(trajectory: Trajectory, data: DataConfig) -> dict[str, Windows]:
 
 
 def build_model(config: TrainConfig, num_atoms: int, *, backend: str | None = None) -> FourierMD:
-    """An untrained model for molecules of ``num_atoms`` atoms, on the CPU, in float32.
+    """An untrained model, on the CPU, in float32: a GFNODE where several molecules are configured.
 
     Draws its initial values from torch's global random state.
 
     Args:
         config: of the run.
-        num_atoms: N.
+        num_atoms: N; of the smallest of several molecules.
         backend: in place of ``config.model.backend``; another one than ``triton`` computes in fp32.
     """
     model = config.model
@@ -153,28 +174,30 @@ def build_model(config: TrainConfig, num_atoms: int, *, backend: str | None = No
         model = replace(model, backend=backend, precision=precision)
     if model.num_modes > num_atoms:
         raise ConfigError(
-            f"config: `model.num_modes` must be at most the number of atoms ({num_atoms}), "
+            f"config: `model.num_modes` must be at most the number of atoms ({num_atoms}"
+            f"{', of the smallest molecule' if config.data.is_mixed else ''}), "
             f"got {model.num_modes}; lower it"
         )
-    return FourierMD(
+    kind = GFNODE if config.data.is_mixed else FourierMD
+    return kind(
         in_node_nf=NODE_FEATURES,
         in_edge_nf=EDGE_FEATURES,
         with_v=True,
         num_timesteps=config.data.num_timesteps,
         delta_frame=config.data.delta_frame,
-        num_atoms=num_atoms,
+        num_atoms=None if config.data.is_mixed else num_atoms,
         **asdict(model),
     )
 
 
-def warn_if_modes_cut(config: TrainConfig, graph: MolecularGraph) -> None:
-    """Log a warning where the model's M modes end inside an eigenspace."""
+def warn_if_modes_cut(config: TrainConfig, graph: MolecularGraph, prefix: str = "") -> None:
+    """Log a warning, ``prefix`` before it, where the M modes end inside an eigenspace."""
     model = config.model
     if model.fourier_basis != "graph" or model.no_fourier:
         return
     report = spectral_gap_report(graph.eigenvalues, model.num_modes)
     if report.cuts:
-        logger.warning("train: %s", report)
+        logger.warning("train: %s%s", prefix, report)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gfnode_fast.data import WindowDataset
+from gfnode_fast.data import MixedDataset, WindowDataset
 from gfnode_fast.nn import FourierMD
 from gfnode_fast.nn.capture import TrainingStep, capture_training_step, why_not_capturable
 from gfnode_fast.solvers.errors import SolverError
@@ -28,13 +28,9 @@ from gfnode_fast.training.optimizer import (
     optimizer_tensors,
     restore_optimizer,
 )
+from gfnode_fast.training.order import derived_seed
 from gfnode_fast.training.problem import forked_random_state
 from gfnode_fast.training.ranks import Ranks
-
-
-def derived_seed(*numbers: int) -> int:
-    """A seed that is a function of all the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
 
 
 class BatchStep:
@@ -54,7 +50,11 @@ class BatchStep:
     """
 
     def __init__(
-        self, config: TrainConfig, model: FourierMD, data: WindowDataset, ranks: Ranks
+        self,
+        config: TrainConfig,
+        model: FourierMD,
+        data: WindowDataset | MixedDataset,
+        ranks: Ranks,
     ) -> None:
         optim = config.optim
         self._config, self._model, self._data, self._ranks = config, model, data, ranks
@@ -79,7 +79,7 @@ class BatchStep:
         """Update on a batch of windows.
 
         Args:
-            index: (B,) windows, on the data's device; the same on every rank.
+            index: (B,) windows, on the data's `index_device`; the same on every rank.
             number, epoch: steps and passes made before.
         """
         optim, where = self._config.optim, f"at step {number + 1}"
@@ -101,7 +101,7 @@ class BatchStep:
         optimiser and random state, and with them the run, are what they would be without.
         """
         device = self._reading.device
-        index = torch.arange(self._full_batch, device=device)
+        index = torch.arange(self._full_batch, device=self._data.index_device)
         with forked_random_state(device):
             found = measure_break_even(
                 self._model, lambda: self._gradients(index, "in the step that is timed")
@@ -117,7 +117,7 @@ class BatchStep:
             batch = self._data.batch(part)
             with naming_failed_solves(self._config, where):
                 outputs = self._model(**batch.inputs())
-            share = self._loss(outputs, batch.target) * weight
+            share = self._with_divergence(batch.loss(outputs[0]), outputs[3]) * weight
             share.backward()
             loss += share.detach()
         return loss
@@ -146,8 +146,10 @@ class BatchStep:
         return [(part, len(part) / len(index)) for part in parts]
 
     def _loss(self, outputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
-        predicted, _, _, kld = outputs
-        loss = (predicted - target).square().mean()
+        """Of a captured step, which has the batch's tensors alone."""
+        return self._with_divergence((outputs[0] - target).square().mean(), outputs[3])
+
+    def _with_divergence(self, loss: Tensor, kld: Tensor) -> Tensor:
         if self._config.model.use_vae:
             loss = loss + self._config.optim.kl_weight * kld
         return loss
