@@ -58,8 +58,14 @@ def changes(old: dict[str, Any], new: dict[str, Any], absolute: bool = False) ->
     """All contenders timed in both.
 
     Raises:
-        ValueError: other hardware, or nothing in common.
+        ValueError: other hardware, nothing in common, or files without rows.
     """
+    for name, result in (("OLD", old), ("NEW", new)):
+        if "rows" not in result:
+            raise ValueError(
+                f"compare: {name} must be a result of run.py, got one without rows "
+                f"({result.get('kind', 'accuracy')}); compare its tables by eye"
+            )
     for key in SAME_MACHINE:
         if old["about"].get(key) != new["about"].get(key):
             raise ValueError(

@@ -1,6 +1,6 @@
 """Training time and memory against the size of the molecule: linear in its edges?
 
-    python benchmarks/large_systems.py [--device cuda] [--json OUT] [--batch 8] [--steps 6]
+    python benchmarks/large_systems.py [--device cuda] [--json OUT] [--batch 16] [--steps 6]
 
 Aspirin's heavy atoms (13), Ac-Ala3-NHMe (42), and capped peptides of 148 and 370 atoms on ideal
 geometry with synthetic vibrations (peptides.py), each trained by `gfnode_fast.train` with the
@@ -46,7 +46,7 @@ HORIZON = 300  # frames; the published 3000 would need trajectories of a hundred
 class Size:
     """Batch, steps that are timed one by one after `warm` others, and sizes of the model."""
 
-    batch: int = 8
+    batch: int = 16
     steps: int = 6
     warm: int = 2
     model: tuple[tuple[str, int], ...] = ()
@@ -150,7 +150,7 @@ def measure(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = training_runs.parser(__doc__)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6, help="that are timed")
     parser.add_argument("--backend", default="auto", help="model.backend")
     options = parser.parse_args(arguments)

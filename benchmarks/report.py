@@ -21,6 +21,7 @@ from benchmarks.training_tables import TABLES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+EQUIVALENCE_FIGURE = "docs/images/equivalence.png"
 COLUMNS = (
     "row", "contender", "median [quartiles]", "faster than U0", "than U1", "than C1", "peak memory",
     "operations", "error (outputs / gradients)", "notes",
@@ -152,6 +153,8 @@ def readme_section(results: list[dict[str, Any]]) -> str:
     for result in results:
         if "kind" in result:
             parts += ["", heading(result["about"]), "", TABLES[result["kind"]](result)]
+            if result["kind"] == "equivalence" and result["about"]["device"] == "cpu":
+                parts += ["", f"![Loss curves and their distances]({EQUIVALENCE_FIGURE})"]
             continue
         if "modes" in result:
             parts += ["", heading(result["about"]), "", accuracy_table(result)]

@@ -10,8 +10,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import end_to_end, equivalence, gpu_acceptance, large_systems, training_part
+from benchmarks import (
+    end_to_end,
+    equivalence,
+    gpu_acceptance,
+    large_systems,
+    report,
+    training_part,
+)
 from benchmarks.baselines.published_loop import ItemDataset, flattened, published_steps
+from benchmarks.compare import changes
 from benchmarks.equivalence_figure import draw
 from benchmarks.peptides import SYSTEMS, capped_peptide, vibrating
 from benchmarks.rounded import rounded, rounded_graph_layers
@@ -53,6 +61,9 @@ def test_the_curves_follow_the_reference(result: dict, tmp_path: Path) -> None:
     assert distances[1] > 0  # rounding there was
     assert [variant["emulated"] for variant in found.values()] == [False, True, True]
     assert found["fp32"]["verdict"] in equivalence_table(result)
+    assert report.EQUIVALENCE_FIGURE in report.readme_section([result])
+    with pytest.raises(ValueError, match="OLD must be a result of run.py, got one without rows"):
+        changes(result, result)
     draw(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
