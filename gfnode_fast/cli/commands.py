@@ -101,24 +101,27 @@ def sweep_modes_command(config: TrainConfig, modes: str) -> int:
     return OK if len(results) == len(wanted) else INTERRUPTED
 
 
-def bench_command(config: TrainConfig, batch_sizes: str, seconds: float) -> int:
+def bench_command(
+    config: TrainConfig, batch_sizes: str, seconds: float, compiled: bool = False
+) -> int:
     """Time training steps on this machine; say which settings to use here.
 
     Args:
         config: of a run; nothing is written.
         batch_sizes: as 10,50,200.
         seconds: spent on each setting.
+        compiled: also time model.backend=compiled, which takes minutes to compile.
     """
     wanted = _integers("bench", "batch_sizes", batch_sizes) or []
 
     def found(row: Throughput) -> None:
         console.say_throughput(row)
 
-    rows = measure_throughput(config, wanted, seconds=seconds, found=found)
+    rows = measure_throughput(config, wanted, seconds=seconds, compiled=compiled, found=found)
     best = best_settings(rows)
-    for size, row in best.items():
-        setting = "" if row.setting == "as configured" else f"--{row.setting} "
-        console.say(f"batches of {size}: take {setting}with OMP_NUM_THREADS={row.threads}")
+    console.say_best_settings(list(best.values()))
+    if not compiled and config.model.backend != "compiled":
+        console.say("not timed: model.backend=compiled, minutes to compile; add --compiled true")
     return OK if len(best) == len(set(wanted)) else FAILED
 
 

@@ -46,14 +46,32 @@ def say_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def say_throughput(row: Throughput) -> None:
     """One line of `gfnode-fast bench`."""
-    threads = f"{row.threads} thread{'s' if row.threads > 1 else ''}"
-    head = f"B = {row.batch_size:<6} {row.setting:26} {threads:10}"
+    head = f"B = {row.batch_size:<6} {row.threads} thread{'s' if row.threads > 1 else ' '}"
     if row.step_seconds is None:
-        say(f"{head} {row.problem}")
+        say(f"{head}   {row.setting}: {row.problem}")
         return
-    memory = "" if row.peak_bytes is None else f"   {row.peak_bytes / 2**20:8.1f} MB"
-    rate = f"{1e3 * row.step_seconds:9.2f} ms a step   {row.samples_per_second:9.1f} samples/s"
-    say(head + rate + memory)
+    text = f"{1e3 * row.step_seconds:9.2f} ms a step   {row.samples_per_second:9.1f} samples/s"
+    if row.peak_bytes is not None:
+        text += f"   {row.peak_bytes / 2**20:8.1f} MB"
+    text += f"   {row.setting}"
+    if row.break_even is not None:
+        steps = row.break_even.steps
+        after = "does not pay back" if steps is None else f"pays back after {steps} steps"
+        text += f": compiling took {row.break_even.compile_seconds:.0f} s, {after}"
+    say(head + text)
+
+
+def say_best_settings(best: Sequence[Throughput]) -> None:
+    """What `gfnode-fast bench` recommends: the fastest setting of each batch size."""
+    for row in best:
+        say(
+            f"batches of {row.batch_size}: OMP_NUM_THREADS={row.threads} gfnode-fast train "
+            f"{row.command_line()}"
+        )
+    rates = {row.batch_size: row.samples_per_second or 0.0 for row in best}
+    if len(rates) > 1:
+        size = max(rates, key=rates.__getitem__)
+        say(f"most samples a second: batches of {size}, {rates[size]:.1f}")
 
 
 @contextlib.contextmanager

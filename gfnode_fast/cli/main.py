@@ -48,7 +48,7 @@ _DATA_COMMANDS: dict[str, _Command] = {
 # Commands that take the configuration of a run, and their own options beside it.
 _WITH_CONFIG: dict[str, tuple[_Command, tuple[str, ...]]] = {
     "sweep-modes": (commands.sweep_modes_command, ("modes",)),
-    "bench": (commands.bench_command, ("batch_sizes", "seconds")),
+    "bench": (commands.bench_command, ("batch_sizes", "seconds", "compiled")),
 }
 
 # "op: `name` must be …" is how this package words what is wrong with an argument; any other
@@ -120,6 +120,12 @@ def _parser() -> tuple[Any, Callable[[Any], int]]:
     bench = _training_parser(commands.bench_command)
     bench.add_argument("--batch_sizes", type=str, default="10,50,200", help="as 10,50,200")
     bench.add_argument("--seconds", type=float, default=5.0, help="spent on each setting")
+    bench.add_argument(
+        "--compiled",
+        type=bool,
+        default=False,
+        help="also time model.backend=compiled, which takes minutes to compile",
+    )
     subcommands.add_subcommand("bench", bench, help=_summary(commands.bench_command))
     data = _new_parser(description="Inspect and make trajectories.")
     subcommands.add_subcommand("data", data, help="Inspect and make trajectories")
