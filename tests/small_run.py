@@ -56,3 +56,37 @@ def small_config(
         optim=replace(config.optim, **(optim or {})),
         **run,
     )
+
+
+def chain_trajectory(num_frames: int = 300, *, dt_fs: float = 0.5) -> Trajectory:
+    """C-C-N-C-C, another molecule than `small_trajectory`'s."""
+    rng = np.random.default_rng(1)
+    rest = np.array([[1.25 * k, 0.8 * (k % 2), 0.1 * k * k] for k in range(5)])
+    time = np.arange(num_frames)[:, None, None]
+    rate, phase = rng.uniform(0.07, 0.15, (1, 5, 3)), rng.uniform(0.0, 6.0, (1, 5, 3))
+    positions = rest + 0.05 * np.sin(rate * time + phase)
+    return Trajectory(
+        positions=positions.astype(np.float32), numbers=np.array([6, 6, 7, 6, 6]), dt_fs=dt_fs
+    )
+
+
+def mixed_files(directory: Path) -> list[str]:
+    """Trajectories of the two molecules, ethanol's and the chain's."""
+    paths = [directory / "ethanol.npz", directory / "chain.npz"]
+    for path, trajectory in zip(paths, (small_trajectory(), chain_trajectory()), strict=True):
+        trajectory.save(path)
+    return [str(path) for path in paths]
+
+
+def mixed_config(
+    files: list[str], output: Path, *, data: Any = None, model: Any = None, **changes: Any
+) -> TrainConfig:
+    """11 windows an epoch, 8 of ethanol and 3 of the chain, in 3 steps."""
+    molecules = [files[0], {"trajectory": files[1], "train_size": 3, "val_size": 2}]
+    return small_config(
+        Path("sample:aspirin"),
+        output,
+        data={"molecules": molecules, **(data or {})},
+        model={"solver_mode": "exact", **(model or {})},
+        **changes,
+    )

@@ -18,8 +18,9 @@ from gfnode_fast.training import (
     TrainConfig,
     best_settings,
     check_checkpoint,
+    choose_model,
     evaluate,
-    load_model,
+    load_models,
     measure_throughput,
     predict_from_trajectory,
     run_demo,
@@ -127,6 +128,7 @@ def bench_command(
 
 def evaluate_command(
     run: str,
+    molecule: str | None = None,
     trajectory: str | None = None,
     dt_fs: float | None = None,
     split: Literal["train", "val", "test"] = "test",
@@ -139,6 +141,7 @@ def evaluate_command(
 
     Args:
         run: directory of a run (its best checkpoint, else its last), or best.json or last.json.
+        molecule: name, or number from 0, of one of several; default: all of them.
         trajectory: another trajectory of the same molecule.
         dt_fs: time between its frames, fs, where the file does not say.
         split: the windows to evaluate on.
@@ -147,12 +150,20 @@ def evaluate_command(
         output: directory for the report; default: the run's.
     """
     report = evaluate(
-        run, trajectory=trajectory, dt_fs=dt_fs, split=split, batch_size=batch_size, device=device
+        run,
+        molecule=molecule,
+        trajectory=trajectory,
+        dt_fs=dt_fs,
+        split=split,
+        batch_size=batch_size,
+        device=device,
     )
     directory = Path(output) if output is not None else Path(report.checkpoint).parent
     directory.mkdir(parents=True, exist_ok=True)
     report.save(directory / "report.json")
     save_figure(report, directory / "report.png")
+    for name, own in report.molecules.items():
+        save_figure(own, directory / f"report-{name}.png")
     if json:
         console.say_json(report.to_dict())
         return OK
@@ -163,6 +174,7 @@ def evaluate_command(
 
 def predict_command(
     run: str,
+    molecule: str | None = None,
     trajectory: str | None = None,
     dt_fs: float | None = None,
     start: str | None = None,
@@ -174,6 +186,7 @@ def predict_command(
 
     Args:
         run: directory of a run (its best checkpoint, else its last), or best.json or last.json.
+        molecule: name, or number from 0, of one of several; default: that of the trajectory.
         trajectory: where the start frames are; default: what the model was trained on.
         dt_fs: time between its frames, fs, where the file does not say.
         start: frame numbers to start from, as 10,390; default: the first test window's.
@@ -197,12 +210,18 @@ def predict_command(
             "the training's trajectory has its own"
         )
     starts, ahead = _integers("predict", "start", start), _integers("predict", "times", times)
-    trained = load_model(run, device=device)
-    data = trained.config.data
+    models = load_models(run, device=device)
     if trajectory is not None:
-        frames = read_trajectory(DataConfig(trajectory, dt_fs, heavy_only=data.heavy_only))
+        heavy_only = next(iter(models.values())).config.data.heavy_only
+        if molecule is not None:
+            heavy_only = choose_model(models, molecule).config.data.heavy_only
+        frames = read_trajectory(DataConfig(trajectory, dt_fs, heavy_only=heavy_only))
+        trained = choose_model(models, molecule, numbers=frames.numbers.tolist())
+        data = trained.config.data
         first = frames.starts()[:1]
     else:
+        trained = choose_model(models, molecule)
+        data = trained.config.data
         problem = load_problem(data, stored_graph=trained.graph)
         frames = problem.trajectory
         first = problem.windows["test"].start[:1].numpy()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gfnode_fast.training import Agreement, Report, Throughput, TrainEvent, TrainResult
+from gfnode_fast.training.metrics import OF_MOLECULE
 from gfnode_fast.training.report import MODEL, NOTHING_MOVES, PREDICTORS
 
 # Seconds between two lines of progress where there is no terminal to redraw.
@@ -120,11 +121,21 @@ def training_progress() -> Iterator[Callable[[TrainEvent], None]]:
             if event.kind == "train":
                 notes["loss"] = f"loss {event.values['loss']:.4f}"
             if event.kind == "validation":
-                notes["validation"] = f"validation {event.values['val_mse']:.4f}"
+                notes["validation"] = f"validation {event.values['val_mse']:.4f}{_each(event)}"
             note = "  ".join((f"epoch {event.epoch}", *notes.values()))
             show(event.step, event.total_steps, note)
 
         yield on_event
+
+
+def _each(event: TrainEvent) -> str:
+    """The validation errors of each of several molecules."""
+    parts = [
+        f"{name.removeprefix(OF_MOLECULE)} {value:.4f}"
+        for name, value in event.values.items()
+        if name.startswith(OF_MOLECULE)
+    ]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def say_training(result: TrainResult) -> None:
@@ -159,6 +170,19 @@ def say_report(report: Report) -> None:
         for name in PREDICTORS
     ]
     say_table(("", "all times", "last time", "against nothing moves"), rows)
+    if report.molecules:
+        own = [
+            (
+                name,
+                str(one.num_windows),
+                f"{one.mse[MODEL]:.4f}",
+                f"{one.mse_last[MODEL]:.4f}",
+                f"{100 * (one.mse[MODEL] / one.mse[NOTHING_MOVES] - 1):+.1f} %",
+            )
+            for name, one in report.molecules.items()
+        ]
+        header = ("GF-NODE on", "windows", "all times", "last time", "against nothing moves")
+        say_table(header, own)
     for title, unit, values in (
         ("bond lengths", "Å", report.bond_lengths),
         ("bond angles", "°", report.bond_angles),

@@ -28,7 +28,7 @@ from gfnode_fast.training.ranks import PeerLostError
 from gfnode_fast.training.report import Distribution, Report, read_report
 from gfnode_fast.training.sweep import ModeResult, save_sweep_figure, sweep_modes
 from gfnode_fast.training.throughput import Throughput, best_settings, measure_throughput
-from gfnode_fast.training.trained import TrainedModel, load_model
+from gfnode_fast.training.trained import TrainedModel, choose_model, load_model, load_models
 
 __all__ = [
     "Agreement",
@@ -52,10 +52,12 @@ __all__ = [
     "TrajectoryPrediction",
     "best_settings",
     "check_checkpoint",
+    "choose_model",
     "config_from_dict",
     "config_to_dict",
     "evaluate",
     "load_model",
+    "load_models",
     "measure_throughput",
     "predict",
     "predict_from_trajectory",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from gfnode_fast.training.geometry import (
     mean_structure,
     superpose,
 )
-from gfnode_fast.training.metrics import read_metrics
+from gfnode_fast.training.metrics import molecule_columns, read_metrics
 from gfnode_fast.training.problem import (
     Problem,
     check_time_step,
@@ -37,7 +38,7 @@ from gfnode_fast.training.report import (
     Report,
     distribution,
 )
-from gfnode_fast.training.trained import TrainedModel, load_model
+from gfnode_fast.training.trained import TrainedModel, choose_model, load_models
 
 HORIZON_BINS = 12
 SPLITS = ("train", "val", "test")
@@ -46,6 +47,7 @@ SPLITS = ("train", "val", "test")
 def evaluate(
     run: str | Path | TrainedModel,
     *,
+    molecule: str | int | None = None,
     trajectory: str | Path | None = None,
     dt_fs: float | None = None,
     split: str = "test",
@@ -59,6 +61,8 @@ def evaluate(
 
     Args:
         run: a run's directory (its best checkpoint, else its last), a manifest, or a loaded model.
+        molecule: the one that is meant, in a run of several, by name or number; default: each, in
+            ``molecules`` of the report, and all together.
         trajectory: another trajectory of the same molecule; default: the one trained on. Windows
             are drawn from it as configured for the training.
         dt_fs: time between frames, where that file does not say.
@@ -68,7 +72,8 @@ def evaluate(
         device: where to compute, unless ``run`` is a loaded model.
 
     Raises:
-        ValueError: an unknown split, options that do not fit, frames of another spacing.
+        ValueError: an unknown split or molecule, options that do not fit, frames of another
+            spacing.
             CheckpointError: missing, damaged, or the training trajectory has changed.
             GraphMismatchError: another molecule, or an eigenvector basis that is not one of its
             Laplacian; the stored basis is the one used.
@@ -86,7 +91,32 @@ def evaluate(
         )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"evaluate: `batch_size` must be at least 1, got {batch_size}; raise it")
-    trained = run if isinstance(run, TrainedModel) else load_model(run, device=device)
+    if isinstance(run, TrainedModel):
+        if molecule is not None:
+            raise ValueError(
+                f"evaluate: `molecule` must be None with a loaded model, got {molecule!r}; load "
+                "the one that is meant"
+            )
+        models = {"": run}
+    else:
+        models = load_models(run, device=device)
+        if molecule is not None or trajectory is not None:
+            models = {"": choose_model(models, molecule)}
+    tallies = {
+        name: _Tally(_problem(trained, trajectory, dt_fs), split, trained, batch_size)
+        for name, trained in models.items()
+    }
+    sources = {
+        name: str(trajectory or trained.config.data.trajectory) for name, trained in models.items()
+    }
+    single = {name: _report([tally], sources[name]) for name, tally in tallies.items()}
+    if len(single) == 1:
+        return next(iter(single.values()))
+    together = _report(list(tallies.values()), ", ".join(single))
+    return dataclasses.replace(together, molecules=single)
+
+
+def _problem(trained: TrainedModel, trajectory: str | Path | None, dt_fs: float | None) -> Problem:
     data = trained.config.data
     if trajectory is not None:
         data = dataclasses.replace(
@@ -100,30 +130,70 @@ def evaluate(
             f"evaluate: `trajectory` must be what {trained.path} was trained on, got another "
             f"{' and '.join(changed)} (by hash); restore the file, or name it as `trajectory`"
         )
-    tally = _Tally(problem, split, trained, batch_size or trained.config.optim.batch_size)
-    lengths, angles = tally.distributions()
-    edges, horizon, count = tally.horizon(data.delta_frame, data.sampling == "regular")
+    return problem
+
+
+def _report(tallies: list[_Tally], source: str) -> Report:
+    """Of the windows of one or several molecules together; `source` is what they came from."""
+    trained, first = tallies[0].trained, tallies[0]
+    data = trained.config.data
+    errors = {name: torch.cat([tally.errors[name] for tally in tallies]) for name in PREDICTORS}
+    dt_fs = first.problem.trajectory.dt_fs
+    times = torch.cat([tally.times for tally in tallies])
+    edges, horizon, count = _horizon(times, errors, data.delta_frame, data.sampling == "regular")
+    several = len(tallies) > 1 or trained.molecule is None
+    metric = "val_mse" if several else molecule_columns([str(trained.molecule)])[0]
     return Report(
         checkpoint=str(trained.path),
-        trajectory=data.trajectory,
-        split=split,
-        num_windows=len(tally.dataset),
-        num_atoms=problem.trajectory.num_atoms,
+        trajectory=source,
+        split=first.split,
+        num_windows=len(times),
+        num_atoms=sum(tally.problem.trajectory.num_atoms for tally in tallies),
         num_timesteps=data.num_timesteps,
-        dt_fs=problem.trajectory.dt_fs,
-        mse={name: float(tally.errors[name].mean()) for name in PREDICTORS},
-        mse_last={name: float(tally.errors[name][:, -1].mean()) for name in PREDICTORS},
-        horizon_fs=edges,
+        dt_fs=dt_fs,
+        mse={name: float(errors[name].mean()) for name in PREDICTORS},
+        mse_last={name: float(errors[name][:, -1].mean()) for name in PREDICTORS},
+        horizon_fs=(edges * dt_fs).tolist(),
         horizon_mse=horizon,
         horizon_count=count,
-        bond_lengths=lengths,
-        bond_angles=angles,
+        bond_lengths=_distribution([tally.lengths() for tally in tallies]),
+        bond_angles=_distribution([tally.angles() for tally in tallies]),
         history=[
-            (row["step"], row["val_mse"])
+            (row["step"], row[metric])
             for row in read_metrics(trained.path.parent)
             if row["kind"] == "validation"
         ],
     )
+
+
+def _horizon(
+    times: Tensor, errors: Mapping[str, Tensor], delta_frame: int, regular: bool
+) -> tuple[Tensor, dict[str, list[float | None]], list[int]]:
+    """Bin edges (frames), errors and counts; bins are open on the left, ``None`` where empty."""
+    bins = times.shape[1] if regular else min(HORIZON_BINS, delta_frame)
+    edges = torch.linspace(0, delta_frame, bins + 1, dtype=torch.float64)
+    place = torch.bucketize(times.double().flatten(), edges[1:-1])
+    count = torch.bincount(place, minlength=bins)
+    means = {
+        name: torch.bincount(place, error.flatten(), minlength=bins) / count
+        for name, error in errors.items()
+    }
+    found = {
+        name: [None if math.isnan(value) else value for value in mean.tolist()]
+        for name, mean in means.items()
+    }
+    return edges, found, count.tolist()
+
+
+def _distribution(values: list[tuple[Tensor, Tensor] | None]) -> Distribution | None:
+    """Predicted against true bond lengths, or angles, of all molecules that have any."""
+    found = [pair for pair in values if pair is not None]
+    if not found:
+        return None
+    true, predicted = (
+        torch.cat([one.flatten() for one in side]) for side in zip(*found, strict=True)
+    )
+    return distribution(true, predicted)
 
 
 class _Tally:
@@ -133,10 +203,16 @@ class _Tally:
     """
 
     def __init__(
-        self, problem: Problem, split: str, trained: TrainedModel, batch_size: int
+        self, problem: Problem, split: str, trained: TrainedModel, batch_size: int | None
     ) -> None:
-        self.problem = problem
-        self.dataset = problem.dataset(split, dtype=trained.dtype, device=trained.device)
+        self.problem, self.split, self.trained = problem, split, trained
+        self.dataset = problem.dataset(
+            split,
+            dtype=trained.dtype,
+            device=trained.device,
+            largest_number=trained.largest_number,
+        )
+        batch_size = batch_size or trained.config.optim.batch_size
         self.times = problem.windows[split].times
         mean = mean_structure(_training_frames(problem)).to(trained.device, trained.dtype)
         frames: dict[str, list[Tensor]] = {"true": [], "predicted": []}
@@ -153,36 +229,20 @@ class _Tally:
         self.errors = {name: torch.cat(values) for name, values in errors.items()}
         self.frames = {name: torch.cat(values) for name, values in frames.items()}
 
-    def horizon(
-        self, delta_frame: int, regular: bool
-    ) -> tuple[list[float], dict[str, list[float | None]], list[int]]:
-        """Bin edges (fs), errors and counts; bins are open on the left, ``None`` where empty."""
-        bins = self.times.shape[1] if regular else min(HORIZON_BINS, delta_frame)
-        edges = torch.linspace(0, delta_frame, bins + 1, dtype=torch.float64)
-        place = torch.bucketize(self.times.double().flatten(), edges[1:-1])
-        count = torch.bincount(place, minlength=bins)
-        means = {
-            name: torch.bincount(place, error.flatten(), minlength=bins) / count
-            for name, error in self.errors.items()
-        }
-        errors = {
-            name: [None if math.isnan(value) else value for value in mean.tolist()]
-            for name, mean in means.items()
-        }
-        return (edges * self.problem.trajectory.dt_fs).tolist(), errors, count.tolist()
+    def lengths(self) -> tuple[Tensor, Tensor] | None:
+        """True and predicted bond lengths, (frames, bonds); None without bonds."""
+        pairs = bond_pairs(self.problem.graph)
+        return self._of_frames(bond_lengths, pairs) if len(pairs) else None
 
-    def distributions(self) -> tuple[Distribution | None, Distribution | None]:
-        """Bond lengths and angles, predicted against true."""
-        true, predicted = self.frames["true"], self.frames["predicted"]
-        pairs, triples = bond_pairs(self.problem.graph), angle_triples(self.problem.graph)
-        return (
-            distribution(bond_lengths(true, pairs), bond_lengths(predicted, pairs))
-            if len(pairs)
-            else None,
-            distribution(bond_angles(true, triples), bond_angles(predicted, triples))
-            if len(triples)
-            else None,
-        )
+    def angles(self) -> tuple[Tensor, Tensor] | None:
+        """True and predicted bond angles, (frames, angles); None without any."""
+        triples = angle_triples(self.problem.graph)
+        return self._of_frames(bond_angles, triples) if len(triples) else None
+
+    def _of_frames(
+        self, measure: Callable[[Tensor, Tensor], Tensor], atoms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return measure(self.frames["true"], atoms), measure(self.frames["predicted"], atoms)
 
 
 def predict_batch(

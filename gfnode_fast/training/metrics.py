@@ -20,6 +20,7 @@ from gfnode_fast.training.checkpoint import CheckpointError
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("kind", "step", "epoch", "seconds", "lr", "loss", "grad_norm", "val_mse", "val_mse_last")
+OF_MOLECULE = "val_mse/"
 
 Row = dict[str, Any]
 
@@ -99,7 +100,7 @@ class MetricsLog:
 
 def molecule_columns(names: Sequence[str]) -> list[str]:
     """The columns of the validation errors of each of several molecules."""
-    return [f"val_mse/{name}" for name in names]
+    return [OF_MOLECULE + name for name in names]
 
 
 def read_metrics(directory: str | Path) -> list[Row]:

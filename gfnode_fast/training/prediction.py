@@ -120,7 +120,12 @@ def _start_dataset(trained: TrainedModel, start: Array, velocity: Array) -> Wind
     )
     windows = Windows(start=rows, target=rows[:, None] + 1, times=torch.ones_like(rows)[:, None])
     return WindowDataset(
-        trajectory, trained.graph, windows, dtype=trained.dtype, device=trained.device
+        trajectory,
+        trained.graph,
+        windows,
+        dtype=trained.dtype,
+        device=trained.device,
+        largest_number=trained.largest_number,
     )
 
 

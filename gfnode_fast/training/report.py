@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Report:
         horizon_count: times that fell into each bin.
         bond_lengths, bond_angles: over all bonds, or angles, and all times; ``None`` without any.
         history: (step, validation MSE) of the training.
+        molecules: of a run of several, the report of each by name; the rest is then over all of
+            their windows together, ``num_atoms`` their sum.
     """
 
     checkpoint: str
@@ -72,6 +74,7 @@ class Report:
     bond_lengths: Distribution | None
     bond_angles: Distribution | None
     history: list[tuple[int, float]]
+    molecules: dict[str, Report] = field(default_factory=dict)
 
     @property
     def improvement(self) -> float:
@@ -80,7 +83,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {**dataclasses.asdict(self), "improvement": self.improvement}
+        molecules = {name: report.to_dict() for name, report in self.molecules.items()}
+        values = dataclasses.asdict(self) | {"molecules": molecules}
+        return {**values, "improvement": self.improvement}
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, atomically."""
@@ -89,12 +94,16 @@ class Report:
 
 def read_report(path: str | Path) -> Report:
     """Inverse of :meth:`Report.save`."""
-    values: Mapping[str, Any] = json.loads(Path(path).read_bytes())
+    return _from_dict(json.loads(Path(path).read_bytes()))
+
+
+def _from_dict(values: Mapping[str, Any]) -> Report:
     fields = {field.name: values[field.name] for field in dataclasses.fields(Report)}
     for name in ("bond_lengths", "bond_angles"):
         if fields[name] is not None:
             fields[name] = Distribution(**fields[name])
     fields["history"] = [(int(step), float(mse)) for step, mse in fields["history"]]
+    fields["molecules"] = {name: _from_dict(own) for name, own in fields["molecules"].items()}
     return Report(**fields)
 
 

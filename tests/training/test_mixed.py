@@ -5,63 +5,36 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from gfnode_fast.data import Trajectory
+from gfnode_fast.cli.main import main
+from gfnode_fast.nn import GFNODE
 from gfnode_fast.training import (
     CheckpointError,
     ConfigError,
-    TrainConfig,
     config_from_dict,
     config_to_dict,
+    evaluate,
+    load_models,
+    predict,
     read_metrics,
+    read_report,
     train,
 )
 from gfnode_fast.training.checkpoint import read_checkpoint
-from gfnode_fast.training.molecules import stored_molecules
+from gfnode_fast.training.molecules import Molecules, stored_molecules
+from gfnode_fast.training.problem import build_model
+from gfnode_fast.training.report import MODEL
 from run_comparison import assert_same_run
-from small_run import small_config, small_trajectory
-
-MODEL = {"solver_mode": "exact"}
-
-
-def chain_trajectory(num_frames: int = 300, *, dt_fs: float = 0.5) -> Trajectory:
-    """C-C-N-C-C, another molecule than `small_trajectory`'s."""
-    rng = np.random.default_rng(1)
-    rest = np.array([[1.25 * k, 0.8 * (k % 2), 0.1 * k * k] for k in range(5)])
-    time = np.arange(num_frames)[:, None, None]
-    rate, phase = rng.uniform(0.07, 0.15, (1, 5, 3)), rng.uniform(0.0, 6.0, (1, 5, 3))
-    positions = rest + 0.05 * np.sin(rate * time + phase)
-    return Trajectory(
-        positions=positions.astype(np.float32), numbers=np.array([6, 6, 7, 6, 6]), dt_fs=dt_fs
-    )
+from small_run import chain_trajectory, mixed_config, mixed_files, small_trajectory
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    directory = tmp_path_factory.mktemp("trajectories")
-    paths = [directory / "ethanol.npz", directory / "chain.npz"]
-    for path, trajectory in zip(paths, (small_trajectory(), chain_trajectory()), strict=True):
-        trajectory.save(path)
-    return [str(path) for path in paths]
-
-
-def mixed_config(
-    files: list[str], output: Path, *, data: Any = None, model: Any = None, **changes: Any
-) -> TrainConfig:
-    """11 windows an epoch, 8 of ethanol and 3 of the chain, in 3 steps."""
-    molecules = [files[0], {"trajectory": files[1], "train_size": 3, "val_size": 2}]
-    return small_config(
-        Path("sample:aspirin"),
-        output,
-        data={"molecules": molecules, **(data or {})},
-        model={**MODEL, **(model or {})},
-        **changes,
-    )
+    return mixed_files(tmp_path_factory.mktemp("trajectories"))
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +152,80 @@ def test_options_of_one_molecule_are_its_own(files):
     assert (ethanol.train_size, chain.train_size) == (8, 3)
     assert ethanol.bonds == chain.bonds == "published"
     assert not chain.is_mixed
+
+
+def test_evaluate_has_every_molecule_and_all_together(finished):
+    report = evaluate(finished, split="val")
+    assert list(report.molecules) == ["ethanol", "chain"]
+    alone = {name: evaluate(finished, molecule=name, split="val") for name in report.molecules}
+    assert alone == report.molecules
+    assert evaluate(finished, molecule=1, split="val") == alone["chain"]
+    assert report.num_windows == 6
+    for name, value in report.mse.items():
+        parts = 4 * alone["ethanol"].mse[name] + 2 * alone["chain"].mse[name]
+        assert value == pytest.approx(parts / 6, rel=1e-12)
+    best = min((r for r in read_metrics(finished) if "val_mse" in r), key=lambda r: r["val_mse"])
+    assert report.mse[MODEL] == pytest.approx(best["val_mse"], rel=1e-5)
+    assert alone["chain"].mse[MODEL] == pytest.approx(best["val_mse/chain"], rel=1e-5)
+    assert (best["step"], best["val_mse/chain"]) in alone["chain"].history
+    report.save(finished.parent / "report.json")
+    assert read_report(finished.parent / "report.json") == report
+
+
+def test_evaluate_takes_another_trajectory_of_one_molecule(finished, tmp_path):
+    chain_trajectory(320).save(tmp_path / "other.npz")
+    with pytest.raises(ValueError, match="`molecule` must be one of ethanol, chain"):
+        evaluate(finished, trajectory=tmp_path / "other.npz")
+    report = evaluate(finished, molecule="chain", trajectory=tmp_path / "other.npz")
+    assert (report.num_atoms, report.molecules) == (5, {})
+
+
+def test_predict_as_the_mixed_model_does(finished, files):
+    """A GFNODE with the same weights, in a batch with the other molecule."""
+    models = load_models(finished)
+    config = mixed_config(files, finished)
+    dataset = Molecules(config).dataset("val", dtype=torch.float32, device=torch.device("cpu"))
+    batch = dataset.batch(torch.arange(6))
+    mixed = build_model(config, 3)
+    mixed.load_state_dict(models["chain"].model.state_dict())
+    assert isinstance(mixed, GFNODE)
+    with torch.no_grad():
+        expected = mixed(**batch.inputs())[0].numpy()
+    for name, sample, atoms in (("ethanol", 0, slice(0, 3)), ("chain", 5, slice(17, 22))):
+        times = batch.timeframes[sample].long()
+        found = predict(models[name], batch.x[atoms], batch.v[atoms], times)
+        np.testing.assert_allclose(found, expected[:, atoms], atol=1e-5)
+
+
+def test_the_command_line_finds_the_molecule(finished, files, tmp_path, capsys):
+    output = tmp_path / "out.extxyz"
+    assert main(["predict", str(finished), "--output", str(output)]) == 2
+    assert "`molecule` must be one of ethanol, chain" in capsys.readouterr().err
+    for options in (["--molecule", "1"], ["--trajectory", files[1]]):
+        assert main(["predict", str(finished), *options, "--output", str(output)]) == 0
+        assert output.read_text().startswith("5\n")
+    assert main(["evaluate", str(finished), "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "GF-NODE on" in said
+    assert {p.name for p in tmp_path.glob("report*")} == {
+        "report.json", "report.png", "report-ethanol.png", "report-chain.png",
+    }  # fmt: skip
+
+
+def test_the_command_line_trains_a_mixture(files, tmp_path, capsys):
+    molecules = f"[{files[0]}, {{trajectory: {files[1]}, train_size: 3}}]"
+    options = {
+        "data.molecules": molecules, "data.sampling_temperature": "2", "data.delta_frame": "20",
+        "data.train_size": "4", "data.val_size": "2", "data.test_size": "2",
+        "model.n_layers": "1", "model.hidden_nf": "8", "optim.epochs": "1",
+        "output": str(tmp_path / "run"), "device": "cpu",
+    }  # fmt: skip
+    arguments = [part for key, value in options.items() for part in (f"--{key}", value)]
+    assert main(["train", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "(ethanol 0." in said
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["data"]["molecules"][1] == {"trajectory": files[1], "train_size": 3}
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert main(["sweep-modes", "--modes", "1", *arguments]) == 2
+    assert "`data.molecules` must be left out here" in capsys.readouterr().err

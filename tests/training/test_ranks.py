@@ -15,7 +15,7 @@ import yaml
 from gfnode_fast.training import config_to_dict, read_metrics, train
 from gfnode_fast.training.checkpoint import read_checkpoint
 from gfnode_fast.training.ranks import Ranks, local_device
-from small_run import small_config
+from small_run import mixed_config, mixed_files, small_config
 
 # Steps do not follow from the molecules run together, so that only rounding differs.
 MODEL = {"solver_mode": "exact"}
@@ -39,7 +39,7 @@ def assert_close_runs(one: Path, two: Path) -> None:
         first, second = read_checkpoint(one / name), read_checkpoint(two / name)
         for key, value in first.model.items():
             torch.testing.assert_close(second.model[key], value, rtol=1e-6, atol=1e-9)
-    keys = {"loss", "grad_norm", "val_mse", "val_mse_last"}
+    keys = {"loss", "grad_norm", "val_mse", "val_mse_last", "val_mse/ethanol", "val_mse/chain"}
     for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
         assert a["step"] == b["step"]
         for key in keys & a.keys():
@@ -61,6 +61,20 @@ def test_ranks_make_the_run_of_one_process(alone, trajectory_file, tmp_path, ran
     assert done.returncode == 0, done.stderr
     assert_close_runs(alone, tmp_path / "run")
     assert done.stdout.count("best") <= 1  # one process speaks
+
+
+def test_ranks_make_the_mixed_run_of_one_process(tmp_path):
+    files = mixed_files(tmp_path)
+    runs = [
+        mixed_config(
+            files, tmp_path / name, data={"sampling_temperature": 2.0}, optim=OPTIM | {"epochs": 2}
+        )
+        for name in ("alone", "together")
+    ]
+    train(runs[0])
+    done = launch(runs[1], 2)
+    assert done.returncode == 0, done.stderr
+    assert_close_runs(tmp_path / "alone", tmp_path / "together")
 
 
 @pytest.mark.slow
