@@ -102,6 +102,7 @@ class BatchStep:
         """
         device = self._reading.device
         index = torch.arange(self._full_batch, device=self._data.index_device)
+        index = index * len(self._data) // self._full_batch  # of all molecules
         with forked_random_state(device):
             found = measure_break_even(
                 self._model, lambda: self._gradients(index, "in the step that is timed")

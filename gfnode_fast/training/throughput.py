@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from gfnode_fast.data import WindowDataset
+from gfnode_fast.data import MixedDataset, WindowDataset
 from gfnode_fast.training.break_even import BreakEven
 from gfnode_fast.training.config import ConfigError, TrainConfig, config_from_dict, config_to_dict
+from gfnode_fast.training.molecules import Molecules
 from gfnode_fast.training.problem import (
     build_model,
     forked_random_state,
-    load_problem,
     resolve_device,
     torch_dtype,
 )
@@ -109,14 +109,15 @@ def measure_throughput(
     if not 0 < seconds < math.inf:
         raise ConfigError(f"bench: `seconds` must be positive and finite, got {seconds}; try 5")
     device = resolve_device(config.device)
-    problem = load_problem(config.data)
-    data = problem.dataset("train", dtype=torch_dtype(config), device=device)
+    molecules = Molecules(config)
+    data = molecules.dataset("train", dtype=torch_dtype(config), device=device)
     rows: list[Throughput] = []
     before = torch.get_num_threads()
     try:
         with forked_random_state(device):
             for batch_size in dict.fromkeys(batch_sizes):
-                search = _Search(config, batch_size, data, seconds)
+                sized = replace(config, optim=replace(config.optim, batch_size=batch_size))
+                search = _Search(sized, data, molecules.num_atoms, seconds)
                 for row in search.rows(compiled):
                     rows.append(row)
                     if found is not None:
@@ -141,17 +142,21 @@ class _Search:
     """The settings of one batch size, each on top of the fastest before it."""
 
     def __init__(
-        self, config: TrainConfig, batch_size: int, data: WindowDataset, seconds: float
+        self,
+        config: TrainConfig,
+        data: WindowDataset | MixedDataset,
+        num_atoms: int,
+        seconds: float,
     ) -> None:
-        self.config = replace(config, optim=replace(config.optim, batch_size=batch_size))
-        self.data, self.seconds = data, seconds
+        self.config, self.data, self.num_atoms, self.seconds = config, data, num_atoms, seconds
+        self.device = data.device
         self.best: Throughput | None = None
 
     def rows(self, compiled: bool) -> Iterator[Throughput]:
         most, batch_size = torch.get_num_threads(), self.config.optim.batch_size
         if batch_size <= MAX_PUBLISHED_BATCH:
             yield self._row(Throughput(batch_size, most, is_published=True))
-        on_gpu = self.data.device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
         for threads in [most] if on_gpu else sorted({1, -(-most // 2), most}):
             yield self._row(Throughput(batch_size, threads))
         threads = self.best.threads if self.best else most
@@ -160,7 +165,7 @@ class _Search:
             yield self._row(Throughput(batch_size, threads, options))
 
     def _changes(self, compiled: bool) -> Iterator[dict[str, object]]:
-        model, on_gpu = self.config.model, self.data.device.type == "cuda"
+        model, on_gpu = self.config.model, self.device.type == "cuda"
         backends = ["auto", "torch", *(["triton"] if on_gpu else [])]
         for backend in [*backends, *(["compiled"] if compiled else [])]:
             if backend != model.backend:
@@ -168,7 +173,7 @@ class _Search:
         if model.solver_mode != "exact" and model.mode_interaction == "no_interaction":
             yield {"model.solver_mode": "exact"}
         is_full = self.config.optim.batch_size <= len(self.data)
-        if on_gpu and is_full and not self.config.capture and self.config.optim.accumulate == 1:
+        if on_gpu and is_full and not self.config.capture:
             yield {"capture": True}
         if model.recompute is not True:
             yield {"model.recompute": True}
@@ -194,8 +199,8 @@ class _Search:
         return row
 
     def _timed(self, config: TrainConfig, row: Throughput) -> Throughput:
-        device = self.data.device
-        model = build_model(config, self.data.num_atoms).to(device, self.data.dtype)
+        device = self.device
+        model = build_model(config, self.num_atoms).to(device, self.data.dtype)
         step = BatchStep(config, model, self.data, Ranks())
         generator = torch.Generator().manual_seed(0)
         made = 0
@@ -204,7 +209,7 @@ class _Search:
             nonlocal made
             begin = time.perf_counter()
             index = torch.randint(len(self.data), (row.batch_size,), generator=generator)
-            step(index.to(device), made, 0)
+            step(index.to(self.data.index_device), made, 0)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             made += 1

@@ -14,11 +14,12 @@ import torch
 from gfnode_fast import FourierMD
 from gfnode_fast.ops import triton_solve
 from gfnode_fast.training import ConfigError, TrainConfig, train
-from gfnode_fast.training.problem import build_model, load_problem
+from gfnode_fast.training.molecules import Molecules
+from gfnode_fast.training.problem import build_model
 from gfnode_fast.training.ranks import Ranks
 from gfnode_fast.training.step import BatchStep
 from run_comparison import assert_same_run
-from small_run import small_config
+from small_run import mixed_config, mixed_files, small_config
 
 RECIPE: dict[str, Any] = {
     "model": {"use_vae": True, "num_modes": 3},
@@ -28,9 +29,9 @@ RECIPE: dict[str, Any] = {
 
 
 def made(config: TrainConfig, device: str, ranks: Ranks | None = None) -> BatchStep:
-    problem = load_problem(config.data)
-    data = problem.dataset("train", dtype=torch.float32, device=device)
-    model = build_model(config, problem.graph.num_atoms).to(device)
+    molecules = Molecules(config)
+    data = molecules.dataset("train", dtype=torch.float32, device=torch.device(device))
+    model = build_model(config, molecules.num_atoms).to(device)
     return BatchStep(config, model, data, ranks or Ranks())
 
 
@@ -88,6 +89,13 @@ class TestNothingIsRead:
         self, trajectory_file: Path, solver_mode: str, changes: dict[str, Any]
     ) -> None:
         self.steps(trajectory_file, "triton", **{"model": {"solver_mode": solver_mode}} | changes)
+
+    def test_by_a_step_on_several_molecules(self, tmp_path: Path) -> None:
+        model = {"backend": "triton", "solver_mode": "joint"}
+        config = mixed_config(mixed_files(tmp_path), Path("unused"), model=model, log_every=10)
+        step = made(config, "meta")
+        for number in range(2):
+            step(torch.arange(5), number, 0)
 
     def test_a_step_that_reads_is_noticed(self, trajectory_file: Path) -> None:
         with pytest.raises((NotImplementedError, RuntimeError), match="meta"):

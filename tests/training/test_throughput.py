@@ -12,7 +12,7 @@ import torch
 from gfnode_fast.cli import console
 from gfnode_fast.solvers import compiled
 from gfnode_fast.training import Throughput, best_settings, measure_throughput, throughput
-from small_run import small_config
+from small_run import mixed_config, mixed_files, small_config
 
 
 def test_each_setting_is_tried_on_top_of_the_fastest(
@@ -61,6 +61,12 @@ def test_compiled_solves_say_when_they_pay_back(
     assert [row.setting for row in rows if row.break_even] == ["model.backend=compiled"]
     console.say_throughput(next(row for row in rows if row.break_even))
     assert " s, " in capsys.readouterr().out.partition("compiling took ")[2]
+
+
+def test_several_molecules(tmp_path: Path) -> None:
+    config = mixed_config(mixed_files(tmp_path), Path("unused"))
+    best = best_settings(measure_throughput(config, [5], seconds=1e-3))
+    assert best[5].samples_per_second > 0
 
 
 @pytest.mark.gpu
