@@ -1,0 +1,226 @@
+"""Training that is killed again and again, and memory over many steps.
+
+    python benchmarks/reliability.py --json benchmarks/results/reliability-cpu.json
+    python benchmarks/reliability.py --kills 5 --steps 1000     the short form, which the tests run
+
+A run of the shipped ethanol trajectory, one thread, with everything that a resume has to bring
+back: Adam's moments, the average of the weights, warm-up, the VAE's random numbers, validation,
+and two checkpoints an epoch. It is killed (SIGKILL) at random moments after training began and
+resumed each time; at the end its checkpoints must be, by their SHA-256, those of a run that was
+never killed, and its metrics the same numbers. Memory is what the kernel counts as resident.
+The exit status is 1 when a run differs or memory grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks import environment
+from benchmarks.report import SCHEMA
+from gfnode_fast.training import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    TrainEvent,
+    config_to_dict,
+    read_metrics,
+    train,
+)
+from gfnode_fast.training.checkpoint import read_checkpoint
+
+STEPS_PER_EPOCH = 4
+STEPS_PER_KILL = 24
+GROWTH_ALLOWED = 2 << 20  # bytes, from the first half of the steps to the second
+READINGS = 20
+
+
+def config(output: Path, epochs: int, *, every: int = 1) -> TrainConfig:
+    """Four steps an epoch; validated, and a checkpoint written, every so many epochs."""
+    return TrainConfig(
+        data=DataConfig(
+            trajectory="sample:ethanol",
+            num_timesteps=4,
+            delta_frame=100,
+            train_size=4 * STEPS_PER_EPOCH,
+            val_size=4,
+            test_size=4,
+        ),
+        model=ModelConfig(n_layers=1, hidden_nf=8, num_modes=3, time_emb_dim=4, use_vae=True),
+        optim=OptimConfig(
+            lr=1e-3,
+            batch_size=4,
+            epochs=epochs,
+            validate_every=every,
+            warmup_steps=10,
+            clip_norm=1.0,
+            ema_decay=0.9,
+        ),
+        output=str(output),
+        device="cpu",
+        log_every=3,  # not a divisor of an epoch: readings are pending when a checkpoint is written
+        checkpoint_every=every,
+    )
+
+
+def go_on(output: Path, epochs: int) -> None:
+    """What a killed process did: start, or resume; say on the standard output that it trains."""
+
+    def tell(event: TrainEvent) -> None:
+        if event.kind == "start":
+            print("training", flush=True)
+
+    train(config(output, epochs), resume=(output / "last.json").exists(), progress=tell)
+
+
+def _process(output: Path, epochs: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, __file__, "--go-on", str(output), "--epochs", str(epochs)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE)
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """All of a run but its times and its place: hashes of its tensors, its position, its rows."""
+    found: dict[str, Any] = {}
+    for name in ("last", "best"):
+        manifest = read_checkpoint(run / f"{name}.json").manifest
+        position = {k: v for k, v in manifest["position"].items() if k != "seconds"}
+        found[name] = {"files": manifest["files"], "position": position}
+    rows = read_metrics(run)
+    found["rows"] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return found
+
+
+def _is_mid_write(run: Path) -> bool:
+    """Whether the last process was killed while it wrote a checkpoint."""
+    named = set()
+    for name in ("last", "best"):
+        if (run / f"{name}.json").exists():
+            files = read_checkpoint(run / f"{name}.json").manifest["files"]
+            named |= {entry["name"] for entry in files.values()}
+    unnamed = {path.name for path in run.glob("*.safetensors")} - named
+    return bool(unnamed) or bool(list(run.glob(".*.tmp")))
+
+
+def killed_run(directory: Path, kills: int, *, seed: int = 0) -> dict[str, Any]:
+    """Kill and resume; a run that is complete before all kills is compared, and another begun."""
+    epochs = max(1, kills * STEPS_PER_KILL // STEPS_PER_EPOCH)
+    began = time.perf_counter()
+    train(config(directory / "whole", epochs))
+    duration = time.perf_counter() - began
+    expected = outcome(directory / "whole")
+    moments = random.Random(seed)
+    alive, steps, mid_write, identical = [], [], 0, []
+    while True:
+        run = directory / f"killed-{len(identical)}"
+        process = _process(run, epochs)
+        assert process.stdout is not None
+        wait = 0.0
+        if process.stdout.readline() == b"training\n" and len(alive) < kills:
+            wait = moments.uniform(0, 2 * duration / kills)
+            time.sleep(wait)
+            process.kill()
+        process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            step = read_checkpoint(run / "last.json").manifest["position"]["step"]
+            if step < epochs * STEPS_PER_EPOCH:  # else it was complete and about to end
+                alive.append(round(wait, 3))
+                steps.append(step)
+                mid_write += _is_mid_write(run)
+            continue
+        if process.returncode != 0:
+            raise RuntimeError(f"killed_run: a resumed run ended with {process.returncode}")
+        identical.append(outcome(run) == expected)
+        if len(alive) == kills:
+            break
+    return {
+        "row": {"name": f"{kills} kills", "kills": kills, "epochs": epochs, "seed": seed},
+        "config": config_to_dict(config(Path("run"), epochs)),
+        "seconds_uninterrupted": round(duration, 1),
+        "seconds_alive": alive,
+        "step_of_checkpoint": steps,
+        "killed_while_writing_a_checkpoint": mid_write,
+        "runs": len(identical),
+        "sha256": {name: expected[name]["files"]["state"]["sha256"] for name in ("last", "best")},
+        "passed": all(identical),
+    }
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_run(directory: Path, steps: int) -> dict[str, Any]:
+    """Resident memory of one process against steps; validations and checkpoints included."""
+    resident: dict[int, int] = {}
+
+    def watch(event: TrainEvent) -> None:
+        if event.kind == "validation":
+            resident[event.step] = _resident_bytes()
+
+    epochs = steps // STEPS_PER_EPOCH
+    every = max(1, epochs // READINGS)
+    settings = config(directory / "memory", epochs, every=every)
+    began = time.perf_counter()
+    train(settings, progress=watch)
+    first = max(size for step, size in resident.items() if step <= steps // 2)
+    growth = max(resident.values()) - first
+    return {
+        "row": {"name": f"{steps} steps", "steps": steps},
+        "config": config_to_dict(settings) | {"output": "run"},
+        "seconds": round(time.perf_counter() - began, 1),
+        "resident_bytes": resident,
+        "growth_bytes": growth,
+        "growth_allowed": GROWTH_ALLOWED,
+        "passed": growth < GROWTH_ALLOWED,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--go-on", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--epochs", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if options.go_on:
+        go_on(options.go_on, options.epochs)
+        return 0
+    command = ["python", "benchmarks/reliability.py", *(arguments or sys.argv[1:])]
+    about = environment.describe(torch.device("cpu"), command)
+    with tempfile.TemporaryDirectory(prefix="gfnode-reliability-") as directory:
+        rows = [
+            memory_run(Path(directory), options.steps),
+            killed_run(Path(directory), options.kills),
+        ]
+    for row in rows:
+        row["commit"] = about["commit"]
+        print(f"{row['row']['name']}: {'passed' if row['passed'] else 'FAILED'}")
+    about["load_average_at_end"] = [round(load, 2) for load in os.getloadavg()]
+    if options.json:
+        text = json.dumps({"schema": SCHEMA, "about": about, "rows": rows}, indent=1)
+        options.json.write_text(text + "\n")
+    return 0 if all(row["passed"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
