@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +46,14 @@ from gfnode_fast.training import (
 )
 from gfnode_fast.training.checkpoint import read_checkpoint
 
-STEPS_PER_EPOCH = 4
+STEPS_PER_EPOCH = 8
 STEPS_PER_KILL = 24
 GROWTH_ALLOWED = 2 << 20  # bytes, from the first half of the steps to the second
 READINGS = 20
 
 
 def config(output: Path, epochs: int, *, every: int = 1) -> TrainConfig:
-    """Four steps an epoch; validated, and a checkpoint written, every so many epochs."""
+    """A few steps an epoch; validated, and a checkpoint written, every so many epochs."""
     return TrainConfig(
         data=DataConfig(
             trajectory="sample:ethanol",
@@ -78,19 +80,28 @@ def config(output: Path, epochs: int, *, every: int = 1) -> TrainConfig:
     )
 
 
-def go_on(output: Path, epochs: int) -> None:
-    """What a killed process did: start, or resume; say on the standard output that it trains."""
+def go_on(output: Path, epochs: int, training: Connection) -> None:
+    """What is killed: start or resume, and say when training begins."""
 
     def tell(event: TrainEvent) -> None:
         if event.kind == "start":
-            print("training", flush=True)
+            training.send(True)
 
+    torch.set_num_threads(1)
     train(config(output, epochs), resume=(output / "last.json").exists(), progress=tell)
 
 
-def _process(output: Path, epochs: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, __file__, "--go-on", str(output), "--epochs", str(epochs)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE)
+def _start(output: Path, epochs: int) -> ForkServerProcess:
+    """A process that trains by now, forked from one that has imported the package and no more."""
+    context = multiprocessing.get_context("forkserver")
+    # torch imports the second when an optimiser is made.
+    context.set_forkserver_preload(["gfnode_fast.training", "torch._dynamo"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=go_on, args=(output, epochs, sender))
+    process.start()
+    sender.close()  # so that its end, too, is noticed
+    receiver.recv()
+    return process
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -119,31 +130,27 @@ def _is_mid_write(run: Path) -> bool:
 def killed_run(directory: Path, kills: int, *, seed: int = 0) -> dict[str, Any]:
     """Kill and resume; a run that is complete before all kills is compared, and another begun."""
     epochs = max(1, kills * STEPS_PER_KILL // STEPS_PER_EPOCH)
-    began = time.perf_counter()
-    train(config(directory / "whole", epochs))
-    duration = time.perf_counter() - began
+    duration = train(config(directory / "whole", epochs)).seconds
     expected = outcome(directory / "whole")
     moments = random.Random(seed)
     alive, steps, mid_write, identical = [], [], 0, []
     while True:
         run = directory / f"killed-{len(identical)}"
-        process = _process(run, epochs)
-        assert process.stdout is not None
-        wait = 0.0
-        if process.stdout.readline() == b"training\n" and len(alive) < kills:
-            wait = moments.uniform(0, 2 * duration / kills)
+        process = _start(run, epochs)
+        wait = moments.uniform(0, 2 * duration / kills)
+        if len(alive) < kills:
             time.sleep(wait)
             process.kill()
-        process.communicate()
-        if process.returncode == -signal.SIGKILL:
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
             step = read_checkpoint(run / "last.json").manifest["position"]["step"]
             if step < epochs * STEPS_PER_EPOCH:  # else it was complete and about to end
                 alive.append(round(wait, 3))
                 steps.append(step)
                 mid_write += _is_mid_write(run)
             continue
-        if process.returncode != 0:
-            raise RuntimeError(f"killed_run: a resumed run ended with {process.returncode}")
+        if process.exitcode != 0:
+            raise RuntimeError(f"killed_run: a resumed run ended with {process.exitcode}")
         identical.append(outcome(run) == expected)
         if len(alive) == kills:
             break
@@ -176,14 +183,13 @@ def memory_run(directory: Path, steps: int) -> dict[str, Any]:
     epochs = steps // STEPS_PER_EPOCH
     every = max(1, epochs // READINGS)
     settings = config(directory / "memory", epochs, every=every)
-    began = time.perf_counter()
-    train(settings, progress=watch)
+    seconds = train(settings, progress=watch).seconds
     first = max(size for step, size in resident.items() if step <= steps // 2)
     growth = max(resident.values()) - first
     return {
         "row": {"name": f"{steps} steps", "steps": steps},
         "config": config_to_dict(settings) | {"output": "run"},
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(seconds, 1),
         "resident_bytes": resident,
         "growth_bytes": growth,
         "growth_allowed": GROWTH_ALLOWED,
@@ -198,13 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--go-on", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--epochs", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if options.go_on:
-        go_on(options.go_on, options.epochs)
-        return 0
     command = ["python", "benchmarks/reliability.py", *(arguments or sys.argv[1:])]
     about = environment.describe(torch.device("cpu"), command)
     with tempfile.TemporaryDirectory(prefix="gfnode-reliability-") as directory:
