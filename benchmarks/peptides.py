@@ -17,7 +17,7 @@ from gfnode_fast.data import Trajectory
 from gfnode_fast.data.trajectory import Array
 
 # Residues of the systems that the large-system rows name, by number of atoms: 12 + 10 Ala + 7 Gly.
-SYSTEMS = {42: "A" * 3, 148: "AG" * 8, 370: "A" * 4 + "GAAAAAAA" * 4 + "A"}
+SYSTEMS = {148: "AG" * 8, 370: "A" * 4 + "GAAAAAAA" * 4 + "A"}
 PHI, PSI, OMEGA = -57.0, -47.0, 180.0
 AMPLITUDE = 0.05  # Å of each vibration
 PERIODS = (40.0, 400.0)  # frames, shortest and longest

@@ -89,13 +89,15 @@ def large_systems_table(result: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     spreads = [
-        f"{name.capitalize()} per edge, largest over smallest: "
+        f"{name} per edge, largest over smallest: "
         f"{factor(result[name]['per_edge_ratio'])}, exponent between the two largest "
         f"{result[name]['last_exponent']:.2f}"
         for name in ("time", "memory")
         if result[name]
     ]
-    return "\n".join([*lines, "", "; ".join(spreads)])
+    if spreads:
+        lines += ["", "; ".join(spreads).capitalize() + "."]
+    return "\n".join(lines)
 
 
 TABLES = {

@@ -145,9 +145,9 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert "skipped: about" in text
 
 
-@pytest.mark.parametrize("num_atoms", SYSTEMS)
-def test_peptides_are_molecules(num_atoms: int) -> None:
-    positions, numbers = capped_peptide(SYSTEMS[num_atoms])
+@pytest.mark.parametrize(("num_atoms", "residues"), [(42, "AAA"), *SYSTEMS.items()])
+def test_peptides_are_molecules(num_atoms: int, residues: str) -> None:
+    positions, numbers = capped_peptide(residues)
     assert len(numbers) == num_atoms
     bonded = bonded_pairs(positions, numbers)
     assert bonded.sum() == 2 * (num_atoms - 1)  # a tree
@@ -161,6 +161,14 @@ def test_peptides_are_molecules(num_atoms: int) -> None:
     moved = vibrating(positions, numbers, 30).positions
     assert all((bonded_pairs(frame, numbers) == bonded).all() for frame in moved[::29])
     assert 0 < np.abs(np.diff(moved, axis=0)).max() < 0.02  # smooth
+
+
+def test_the_simulated_peptide_has_the_graph_of_the_ideal_one() -> None:
+    simulated, _ = large_systems.trajectory_of(42)
+    graph = build_graph(simulated.positions[0], simulated.numbers)
+    ideal = build_graph(*capped_peptide("AAA"))
+    torch.testing.assert_close(graph.eigenvalues, ideal.eigenvalues, rtol=0, atol=1e-9)
+    assert sorted(graph.numbers.tolist()) == sorted(ideal.numbers.tolist())
 
 
 def test_alanines_are_left_handed() -> None:
