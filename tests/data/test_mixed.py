@@ -9,6 +9,7 @@ import torch
 from data_builders import make_trajectory
 from gfnode_fast import GFNODE, FourierMD
 from gfnode_fast.data import MixedDataset, WindowDataset, build_graph, draw_windows
+from gfnode_fast.ops import graph_fourier_torch as on_torch
 from gfnode_fast.ops.topology import topology
 from model_inputs import constructor
 from op_checks import relative_error
@@ -105,6 +106,22 @@ def test_loss_and_gradients_are_the_sum_of_fouriermds(parts, mode, bound):
     assert relative_error(batch.error_sums(predicted.detach()), sums) < bound
     for (name, _), grad, right in zip(mixed.named_parameters(), grads, expected, strict=True):
         assert relative_error(grad, right) < bound or float(right.norm()) < 1e-12, name
+
+
+def test_nothing_is_read_from_the_device(parts):
+    """Tensors on torch's meta device have no values to read; sizes are known on the host."""
+    batch = MixedDataset([dataset.to("meta") for dataset in parts]).batch(torch.tensor([15, 3, 9]))
+    predicted = torch.zeros_like(batch.target).requires_grad_()
+    batch.loss(predicted).backward()
+    assert batch.error_sums(predicted).shape == (3, 2)
+    modes = on_torch.project_ragged(batch.x, batch.eigvecs, 2, batch.ptr)
+    added = batch.x, None, "silu", batch.ptr
+    out = on_torch.synthesise_ragged(modes[None], batch.eigvecs, *added, len(batch.x))
+    assert out.shape == (1, *batch.x.shape)
+    grad, _ = on_torch.synthesise_ragged_bwd(
+        out, modes[None], batch.eigvecs, "silu", batch.ptr, False
+    )
+    assert grad.shape == (1, *modes.shape)
 
 
 def test_random_mixes_leave_the_cache_of_topologies_alone(parts):

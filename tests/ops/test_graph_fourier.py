@@ -318,6 +318,7 @@ def test_eigenvectors_shared_by_expansion(backend: str) -> None:
         ((), 2, 1, 2),  # no molecules
         ((0, 2, 0), 2, 1, 1),  # molecules without atoms
         ((1,), 1, 1, 1),
+        ((3, 2, 3), 2, 2, 1),  # of one size, apart from each other
         ((3, 2), 2, 2, 0),  # no times
         ((3, 2), 0, 2, 1),  # no channels
         ((35, 17), 130, 3, 1),  # several tiles of atoms and of channels, the last ones partial
