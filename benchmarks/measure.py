@@ -16,7 +16,7 @@ from benchmarks import inputs
 from benchmarks.agreement import Checker
 from benchmarks.baselines.c1 import CompileLog, compiler
 from benchmarks.operations import make_task
-from benchmarks.registry import BASELINES, Row, contenders
+from benchmarks.registry import BASELINES, EAGER_LOOP, Row, contenders
 from benchmarks.task import Task, Unavailable
 from benchmarks.timing import Timing, count, count_operations, interleaved, peak_memory, ratio
 
@@ -153,7 +153,7 @@ def measure(
     ratios = {
         f"{name} / {baseline}": ratio(timings[baseline], timing)
         for name, timing in timings.items()
-        for baseline in (*BASELINES, first)
+        for baseline in (*BASELINES, first, EAGER_LOOP)
         if baseline in timings and baseline != name
     }
     found = {"row": row.as_dict(), "contenders": results, "ratios": ratios}

@@ -36,6 +36,8 @@ OURS = {
     "ours per molecule": {"solver_mode": "per_molecule"},
     "ours recompute": {"recompute": True},
     "ours compiled": {"backend": "compiled"},
+    "ours eager loop": {},
+    "ours stages": {},
     "ours triton": {"backend": "triton"},
     "ours exact triton": {"backend": "triton", "solver_mode": "exact"},
 }
@@ -221,6 +223,8 @@ def _solve(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
     solves = {
         "ours": peers.solve_ours,
         "ours compiled": peers.solve_compiled,
+        "ours eager loop": peers.solve_eager_loop,
+        "ours stages": peers.solve_stages,
         "ours triton": peers.solve_triton,
     }
     if solve := solves.get(contender):

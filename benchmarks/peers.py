@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,42 @@ def solve_compiled(ode: nn.Module, y0: Tensor, s: Tensor) -> Tensor:
     from gfnode_fast.solvers.stats import SolveStats
 
     return compiled_solve(ode, y0, s, SolveStats()).permute(1, 0, 3, 2, 4)
+
+
+def solve_eager_loop(ode: nn.Module, y0: Tensor, s: Tensor) -> Tensor:
+    """What `solve_compiled` compiles, in both directions, run as it stands."""
+    from gfnode_fast.ops.mode_rhs import right_hand_side
+    from gfnode_fast.solvers import compiled
+    from gfnode_fast.solvers.stats import SolveStats
+    from gfnode_fast.solvers.tableau import ADAPTIVE
+    from gfnode_fast.solvers.traced import TracedSolve
+
+    rhs = right_hand_side(ode.ode_func)
+    function = compiled.function_of(rhs)
+    solve = TracedSolve(function, ADAPTIVE[ode.solver], ode.rtol, ode.atol)
+    loops = SimpleNamespace(solve=solve, forward=solve.forward, backward=solve.backward)
+    solved = compiled.solve_in_graphs(
+        compiled._CompiledSolve, loops, SolveStats(), s.double(), y0, rhs.parameters
+    )
+    return solved.permute(1, 0, 3, 2, 4)
+
+
+def solve_stages(ode: nn.Module, y0: Tensor, s: Tensor) -> Tensor:
+    """Our joint solve stage by stage, as it is where modes interact, instead of by powers of W."""
+    from gfnode_fast.ops.mode_rhs import right_hand_side
+    from gfnode_fast.solvers import joint
+    from gfnode_fast.solvers.stats import SolveStats
+    from gfnode_fast.solvers.tableau import ADAPTIVE
+
+    rhs = right_hand_side(ode.ode_func)
+    modes, batch, components, channels = y0.shape
+    tolerances = (ode.rtol, ode.atol)
+    rows = y0.reshape(modes, batch * components, channels)
+    values = joint._JointSolve.apply(
+        rhs, ADAPTIVE[ode.solver], tolerances, SolveStats(), s.double(), rows, *rhs.parameters
+    )
+    shaped = values.view(batch, s.shape[1], components, modes, channels)
+    return shaped.permute(1, 0, 3, 2, 4)
 
 
 def torchode_task(row: Row, batch: Batch, model: nn.Module) -> Task:

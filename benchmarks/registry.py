@@ -37,6 +37,8 @@ PHASES = ("forward", "backward", "step")  # backward: forward + backward; step: 
 TIMES = ("irregular", "regular")
 PRECISIONS = ("fp64", "fp32", "tf32", "bf16")
 BASELINES = ("U0", "U1", "C1")
+EAGER_LOOP = "ours eager loop"  # what "ours compiled" is compared with besides the baselines
+STAGES = {"egnn": ("ours stages",)}  # where "ours" is not stage by stage
 ALONE = (800, 1600, 6400)  # batches that take the baselines minutes to hours on a CPU
 
 
@@ -119,8 +121,11 @@ def _everywhere(row: Row) -> tuple[str, ...]:
     if row.batch in ALONE:
         return ours if row.op == "propagation" else ("ours", "ours recompute")
     if row.op == "solve":
+        loops = (*STAGES.get(row.model, ()), EAGER_LOOP, "ours compiled")
+        if row.batch == 200:
+            return ("U1", "ours", *loops)
         peers = ("torchode",) if row.model == "egnn" else ()
-        return (*BASELINES, *peers, *ours, "ours compiled")
+        return (*BASELINES, *peers, *ours, *loops)
     return (*BASELINES, *ours)
 
 
@@ -166,15 +171,19 @@ def cpu_op_rows() -> list[Row]:
     spectra = [Row("eigh", "forward", 512, molecule=f"random {n}") for n in (13, 33)]
     spectra += [Row("eigh", "forward", 4096, molecule=f"random {n}")
                 for n in (6, 13, 21, 32, 48, 64)]  # fmt: skip
+    spectra += [replace(row, precision="fp64") for row in spectra if row.batch == 4096]
     spectra.append(Row("spectrum", "forward", 4096))
     return [Row("solve", "backward", 50), *transforms, *pieces, *spectra]
 
 
 def cpu_large_rows() -> list[Row]:
-    """Whether time and memory stay linear in the batch, and the compiled solver loop."""
+    """Whether time and memory stay linear in the batch, and the compiled solver loop beside the
+    same loop as it stands.
+    """
     propagation = [Row("propagation", "backward", batch) for batch in (1600, 6400)]
     attention = Row("solve", "backward", 50, model="sage_attention_concat")
-    return [*propagation, Row("model", "step", 800), attention]
+    solves = [Row("solve", "backward", 200, model=model) for model in MODELS]
+    return [*propagation, Row("model", "step", 800), attention, *solves]
 
 
 def gpu_core_rows() -> list[Row]:
