@@ -3,6 +3,7 @@
     forward  modes[b, m, c] = Σ_n U_b[n, m] signal[b, n, c]                         m < M
     inverse  p[t, b, n, c] = Σ_m U_b[n, m] modes[t, b, m, c]
              out = (act(p) + residual[b, n, c]) + centroid[b, n, c / 2]   (even c only)
+             and beside[t, b] after the channels of every atom
 
 The transform's gradient with respect to its signal is the inverse of one time without epilogue,
 so there are four kernels: forward, inverse, the inverse's backward, and the eigenvectors' gradient.
@@ -108,6 +109,7 @@ def _inverse_graph_fourier_fwd_kernel(
     eigvecs_ptr,
     residual_ptr,
     centroid_ptr,
+    beside_ptr,
     out_ptr,
     ptr_ptr,
     eig_ptr_ptr,
@@ -121,6 +123,7 @@ def _inverse_graph_fourier_fwd_kernel(
     stride_on,
     stride_ot,
     num_channels,
+    num_beside,
     num_times,
     times_per_program,
     NUM_MODES: tl.constexpr,
@@ -128,6 +131,7 @@ def _inverse_graph_fourier_fwd_kernel(
     SILU: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_CENTROID: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
@@ -171,6 +175,15 @@ def _inverse_graph_fourier_fwd_kernel(
             if HAS_CENTROID:
                 p += centroid
             tl.store(o_ptr + t * stride_ot, p, mask=mask)
+        if BLOCK_W > 0:  # by the programs of the first channels
+            column = tl.arange(0, BLOCK_W)
+            mask_w = (column < num_beside) & (tl.program_id(1) == 0)
+            w_ptr = out_ptr + row[:, None] * stride_on + (num_channels + column)[None, :]
+            for t in range(first_time, last_time):
+                first = (t * tl.num_programs(0) + molecule) * num_beside
+                beside = tl.load(beside_ptr + first + column, mask=mask_w, other=0.0)
+                rows = tl.broadcast_to(beside[None, :], (BLOCK_N, BLOCK_W))
+                tl.store(w_ptr + t * stride_ot, rows, mask=mask_n[:, None] & mask_w[None, :])
 
 
 @triton.jit

@@ -58,14 +58,18 @@ def launch_inverse_graph_fourier_fwd(
     residual: Tensor | None,
     activation: str | None,
     centroid: Tensor | None,
+    beside: Tensor | None,
     ptr: Tensor | None,
     total_atoms: int,
 ) -> Tensor:
-    """modes (T, B, M, C) → (T, ΣN, C), the atoms of all molecules in one axis."""
+    """modes (T, B, M, C) → (T, ΣN, C), the atoms of all molecules in one axis; C + W channels with
+    `beside` (T, B, W).
+    """
     eigvecs, batch, num_atoms = _molecules(eigvecs, ptr)
     modes = unit_stride(modes)
     times, _, num_modes, channels = modes.shape
-    out = modes.new_empty(times, total_atoms, channels)
+    width = 0 if beside is None else beside.shape[2]
+    out = modes.new_empty(times, total_atoms, channels + width)
     if out.numel() == 0:
         return out
     added = None if residual is None else unit_stride(_rows(residual, ptr))
@@ -75,11 +79,13 @@ def launch_inverse_graph_fourier_fwd(
     with on_device_of(modes):
         _inverse_graph_fourier_fwd_kernel[(batch, tiles, ceil_div(times, times_per_program))](
             modes, eigvecs, added, None if centroid is None else _rows(centroid, ptr).contiguous(),
-            out, ptr, _eig_ptr(ptr), *modes.stride()[:3], *_eig_strides(eigvecs),
+            None if beside is None else beside.contiguous(), out, ptr, _eig_ptr(ptr),
+            *modes.stride()[:3], *_eig_strides(eigvecs),
             0 if added is None else added.stride(0), out.stride(1), out.stride(0),
-            channels, times, times_per_program,
+            channels, width, times, times_per_program,
             NUM_MODES=num_modes, NUM_ATOMS=num_atoms, SILU=activation == "silu",
             HAS_RESIDUAL=residual is not None, HAS_CENTROID=centroid is not None,
+            BLOCK_W=next_power_of_2(width) if width else 0,
             BLOCK_N=block_n, BLOCK_C=block_c, ACC=acc_type(modes.dtype),
             num_warps=_warps(block_n * block_c, modes.dtype), maxnreg=MAX_REGISTERS,
         )  # fmt: skip
@@ -240,13 +246,14 @@ def _aot_cases(num_atoms: int, channels: int, num_modes: int, dtype: str) -> lis
         case(
             _inverse_graph_fourier_fwd_kernel,
             "inverse_graph_fourier_fwd",
-            ("modes", "eigvecs", "residual", "centroid", "out"),
+            ("modes", "eigvecs", "residual", "centroid", "beside", "out"),
             (
                 *of_modes, *of_eigvecs, "stride_rn", "stride_on", "stride_ot",
-                "num_channels", "num_times", "times_per_program",
+                "num_channels", "num_beside", "num_times", "times_per_program",
             ),
             HAS_RESIDUAL=True,
             HAS_CENTROID=channels == 6,
+            BLOCK_W=0 if channels == 6 else 32,
             **tile,
         ),
         case(

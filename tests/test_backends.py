@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import importlib
 import json
+import math
 import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gfnode_fast
 from gfnode_fast.nn import backends, fourier_md
@@ -73,6 +75,35 @@ def test_what_is_reported_is_what_runs(
     assert (parts["graph Fourier transform"], parts["inverse transform"]) == ("torch", inverse)
     expected = {f"apply_layer {layers}", "propagate torch"}
     assert set(calls) == expected | ({"synthesis cpp"} if inverse == "cpp" else set())
+
+
+class Joined(TorchDispatchMode):
+    """Shapes of what `cat` puts together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.cat.default:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_decoder_gets_its_first_input_in_one_piece(backend: str) -> None:
+    model, given = build(backend=backend), inputs()
+    with Joined() as joined:
+        model(**given)
+        mixed = gfnode_fast.GFNODE(
+            **{k: v for k, v in constructor().items() if k != "num_atoms"}, backend=backend
+        )
+        del given["loc_mean"]
+        eigvecs = given.pop("U_batch").flatten()
+        mixed(**given, ptr=torch.tensor([0, 5, 10]), eigvecs=eigvecs)
+    width = model.hidden_nf + model.time_emb_dim
+    assert not [s for s in joined.shapes if s[-1] == width and math.prod(s[:-1]) == 4 * 10]
 
 
 def test_reference_runs_nothing_of_ours(calls: list[str]) -> None:

@@ -31,6 +31,7 @@ from gfnode_fast.ops.propagate import check_mode_of, propagate
 from gfnode_fast.ops.propagate_registered import propagate_opaque
 from gfnode_fast.ops.topology import Topology, topology
 from gfnode_fast.reference.checks import describe, refuse
+from gfnode_fast.reference.model import side_by_side
 from gfnode_fast.solvers.mode import SolverMode
 from gfnode_fast.solvers.stats import SolveStats
 
@@ -257,7 +258,7 @@ class FourierMD(reference.FourierMD):
         if self.recompute is None:
             weight = self.embedding.weight
             # A graph would be guarded by the number of edges.
-            if torch.compiler.is_compiling() or not weight.is_cpu:
+            if torch.compiler.is_compiling() or not weight.is_cpu or not len(layers):
                 return 0
             return len(layers) - layers_kept(layers, num_edges, weight.dtype, backend)
         return len(layers) if self.recompute else 0
@@ -273,7 +274,12 @@ class FourierMD(reference.FourierMD):
         return self.backend if self.backend in ("torch", "triton") else "auto"
 
     def _propagated(
-        self, propagator: reference.Propagator, signal: Tensor, s: Tensor, eigvecs: Tensor | None
+        self,
+        propagator: reference.Propagator,
+        signal: Tensor,
+        s: Tensor,
+        eigvecs: Tensor | None,
+        beside: Tensor | None = None,
     ) -> Tensor:
         is_features = propagator is self.freq_conv
         backend = self._parts()[FEATURES if is_features else COORDINATES].backend
@@ -282,7 +288,7 @@ class FourierMD(reference.FourierMD):
             stats.reset()
         is_opaque = torch.compiler.is_compiling() and backend in ("torch", "reference")
         if backend == "reference" and not is_opaque:
-            return super()._propagated(propagator, signal, s, eigvecs)
+            return super()._propagated(propagator, signal, s, eigvecs, beside)
         with torch.autocast(signal.device.type, enabled=False):
             signal = signal.to(self.embedding.weight.dtype)
             if is_opaque:
@@ -296,7 +302,7 @@ class FourierMD(reference.FourierMD):
                     transforms=self._transforms,
                 )
                 residual: Tensor = signal + self.activation(out)
-                return residual
+                return side_by_side(residual, beside)
             return propagate(
                 propagator,
                 signal,
@@ -307,6 +313,7 @@ class FourierMD(reference.FourierMD):
                 transforms=self._transforms,
                 solver_mode=self.solver_mode,
                 activation=self.activation,
+                beside=None if beside is None else beside.to(signal.dtype),
             )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from gfnode_fast.nn.backends import COORDINATES, FEATURES
 from gfnode_fast.nn.fourier_md import FourierMD
 from gfnode_fast.ops.dispatch import to_device
+from gfnode_fast.ops.graph_fourier_torch import side_by_side
 from gfnode_fast.ops.propagate import propagate
 from gfnode_fast.ops.topology import Topology
 from gfnode_fast.reference.checks import (
@@ -115,18 +116,18 @@ class GFNODE(FourierMD):
         s = timeframes / self.delta_frame
         features = h[:, None, :]
         vectors = torch.stack((x - centre, v), dim=-1)
-        features_t = features.expand(num_times, *features.shape)
+        embedding = frame_embedding(timeframes.T, self.time_emb_dim).to(h.dtype)
         if self.propagate_h:
-            features_t = self._propagated_flat(self.freq_conv, features, s, eigvecs, ptr)
+            features_t = self._propagated_flat(self.freq_conv, features, s, eigvecs, ptr, embedding)
+        else:
+            features_t = side_by_side(h.expand(num_times, *h.shape), embedding, ptr)
         vectors_t = vectors.expand(num_times, *vectors.shape)
         if self.propagate_x:
             vectors_t = self._propagated_flat(self.freq_conv_x, vectors, s, eigvecs, ptr)
-        embedding = frame_embedding(timeframes.T, self.time_emb_dim).to(h.dtype)
-        embedding = embedding.repeat_interleave(sizes, dim=1, output_size=len(x))
         state = self._decode(
             (vectors_t[..., 0] + centre).reshape(-1, 3),
             vectors_t[..., 1].reshape(-1, 3),
-            torch.cat((features_t.flatten(2), embedding), dim=-1).flatten(0, 1),
+            features_t.flatten(2).flatten(0, 1),
             row,
             col,
             edge_fea,
@@ -137,7 +138,13 @@ class GFNODE(FourierMD):
         return x_t, v_t, h_t, kld
 
     def _propagated_flat(
-        self, propagator: Propagator, signal: Tensor, s: Tensor, eigvecs: Tensor, ptr: Tensor
+        self,
+        propagator: Propagator,
+        signal: Tensor,
+        s: Tensor,
+        eigvecs: Tensor,
+        ptr: Tensor,
+        beside: Tensor | None = None,
     ) -> Tensor:
         is_features = propagator is self.freq_conv
         stats = self.last_solve["freq_conv" if is_features else "freq_conv_x"]
@@ -153,6 +160,7 @@ class GFNODE(FourierMD):
                 transforms=self._transforms,
                 solver_mode=self.solver_mode,
                 activation=self.activation,
+                beside=None if beside is None else beside.to(self.embedding.weight.dtype),
                 ptr=ptr,
             )
 

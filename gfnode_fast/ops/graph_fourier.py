@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gfnode_fast.ops.dispatch import choose_backend
 from gfnode_fast.ops.graph_fourier_registered import too_many_modes
-from gfnode_fast.ops.graph_fourier_torch import project, synthesise
+from gfnode_fast.ops.graph_fourier_torch import project, side_by_side, synthesise
 
 ACTIVATIONS = (None, "silu")
 
@@ -77,6 +77,7 @@ def inverse_graph_fourier(
     residual: Tensor | None = None,
     activation: str | None = None,
     centroid: Tensor | None = None,
+    beside: Tensor | None = None,
     ptr: Tensor | None = None,
     total_atoms: int | None = None,
     backend: str = "auto",
@@ -85,6 +86,9 @@ def inverse_graph_fourier(
 
     out[t, b, n] = act(Σ_m U[b, n, m] modes[t, b, m]) + residual[b, n] + centroid[b, n]
 
+    and, with `beside`, [out[t, b, n], beside[t, b]]: the first input of a decoder whose atoms carry
+    an embedding of the time.
+
     Args:
         modes: (T, B, M, C), floating point.
         eigvecs: (B, N, N), eigenvectors in columns, ascending eigenvalue; (ΣN²,) with `ptr`.
@@ -92,6 +96,7 @@ def inverse_graph_fourier(
         activation: None or "silu".
         centroid: (B, N, C/2), or (ΣN, C/2) with `ptr`, added to the even channels: for coordinates,
             whose channels are (x, v_x, y, v_y, z, v_z), the centroid of an atom's molecule.
+        beside: (T, B, W), put after the channels of each of a molecule's atoms; gets no gradient.
         ptr: (B+1,) int64 offsets of molecules of different size, as in `graph_fourier`; modes that
             a molecule does not have are ignored.
         total_atoms: ΣN, needed with `ptr` where neither residual nor centroid tells it (the last
@@ -99,10 +104,11 @@ def inverse_graph_fourier(
         backend: as in `graph_fourier`.
 
     Returns:
-        (T, B, N, C), or (T, ΣN, C) with `ptr`; contiguous.
+        (T, B, N, C), or (T, ΣN, C) with `ptr`; C + W channels with `beside`; contiguous.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or values that do not match.
+        TypeError, ValueError: shapes, dtypes, devices or values that do not match; a `beside` that
+            requires a gradient.
         RuntimeError: Triton was asked for and cannot serve.
 
     Notes:
@@ -138,10 +144,20 @@ def inverse_graph_fourier(
         if value is not None:
             shape = (*leading, width)
             _check_like(op, name, value, str(tuple(shape)), value.shape == shape, eigvecs)
+    if beside is not None:
+        shape = (modes.shape[0], batch)
+        matches = beside.dim() == 3 and beside.shape[:2] == shape
+        _check_like(op, "beside", beside, f"({shape[0]}, {batch}, W)", matches, eigvecs)
+        if beside.requires_grad:
+            raise ValueError(
+                f"{op}: `beside` must not require a gradient, got one that does; join it to the "
+                "result instead"
+            )
     if backend == "torch" and ptr is None:
-        return synthesise(modes, eigvecs, residual, centroid, activation)
+        out = synthesise(modes, eigvecs, residual, centroid, activation)
+        return side_by_side(out, beside)
     result: Tensor = torch.ops.gfnode_fast.inverse_graph_fourier(
-        modes, eigvecs, residual, centroid, activation, ptr, total, backend
+        modes, eigvecs, residual, centroid, beside, activation, ptr, total, backend
     )
     return result if ptr is not None else result.unflatten(1, eigvecs.shape[:2])
 

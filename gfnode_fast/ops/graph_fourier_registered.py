@@ -54,7 +54,7 @@ def _uses_triton(op: str, backend: str, tensor: Tensor, num_modes: int) -> bool:
     return True
 
 
-def _beside(ptr: Tensor | None, tensor: Tensor) -> Tensor | None:
+def _on_device(ptr: Tensor | None, tensor: Tensor) -> Tensor | None:
     return None if ptr is None else to_device(ptr, tensor.device)
 
 
@@ -71,7 +71,7 @@ def graph_fourier(
     if _uses_triton("graph_fourier", backend, signal, num_modes):
         from gfnode_fast.kernels.graph_fourier_launch import launch_graph_fourier_fwd
 
-        return launch_graph_fourier_fwd(signal, eigvecs, num_modes, _beside(ptr, signal))
+        return launch_graph_fourier_fwd(signal, eigvecs, num_modes, _on_device(ptr, signal))
     if ptr is None:
         return on_torch.project(signal, eigvecs, num_modes)
     return on_torch.project_ragged(signal, eigvecs, num_modes, ptr)
@@ -94,8 +94,9 @@ def _pull_forward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_signal = grad_eigvecs = None
     if ctx.needs_input_grad[0]:
         rows = inverse_graph_fourier(
-            grad.unsqueeze(0), eigvecs, None, None, None, ptr, ctx.atoms_shape.numel(), ctx.backend
-        )
+            grad.unsqueeze(0), eigvecs, None, None, None, None, ptr, ctx.atoms_shape.numel(),
+            ctx.backend,
+        )  # fmt: skip
         grad_signal = rows.reshape(*ctx.atoms_shape, grad.shape[2])
     if ctx.needs_input_grad[1]:
         rows = signal.reshape(1, ctx.atoms_shape.numel(), grad.shape[2])
@@ -111,32 +112,36 @@ graph_fourier.register_autograd(_pull_forward, setup_context=_save_forward)
 @torch.library.custom_op(
     "gfnode_fast::inverse_graph_fourier",
     mutates_args=(),
-    schema="(Tensor modes, Tensor eigvecs, Tensor? residual, Tensor? centroid, str? activation, "
-    "Tensor? ptr, SymInt total_atoms, str backend) -> Tensor",
+    schema="(Tensor modes, Tensor eigvecs, Tensor? residual, Tensor? centroid, Tensor? beside, "
+    "str? activation, Tensor? ptr, SymInt total_atoms, str backend) -> Tensor",
 )
 def inverse_graph_fourier(
     modes: Tensor,
     eigvecs: Tensor,
     residual: Tensor | None,
     centroid: Tensor | None,
+    beside: Tensor | None,
     activation: str | None,
     ptr: Tensor | None,
     total_atoms: int,
     backend: str,
 ) -> Tensor:
-    """modes (T, B, M, C) → (T, ΣN, C)."""
+    """modes (T, B, M, C) → (T, ΣN, C), or (T, ΣN, C + W) with `beside` (T, B, W)."""
     _check_offsets("inverse_graph_fourier", ptr, total_atoms, eigvecs)
     if _uses_triton("inverse_graph_fourier", backend, modes, modes.shape[2]):
         from gfnode_fast.kernels.graph_fourier_launch import launch_inverse_graph_fourier_fwd
 
         return launch_inverse_graph_fourier_fwd(
-            modes, eigvecs, residual, activation, centroid, _beside(ptr, modes), total_atoms
-        )
+            modes, eigvecs, residual, activation, centroid, beside, _on_device(ptr, modes),
+            total_atoms,
+        )  # fmt: skip
     if ptr is None:
-        return on_torch.synthesise(modes, eigvecs, residual, centroid, activation).flatten(1, 2)
-    return on_torch.synthesise_ragged(
+        out = on_torch.synthesise(modes, eigvecs, residual, centroid, activation)
+        return on_torch.side_by_side(out, beside).flatten(1, 2)
+    out = on_torch.synthesise_ragged(
         modes, eigvecs, residual, centroid, activation, ptr, total_atoms
     )
+    return on_torch.side_by_side(out, beside, ptr)
 
 
 @inverse_graph_fourier.register_fake
@@ -145,16 +150,18 @@ def _(
     eigvecs: Tensor,
     residual: Tensor | None,
     centroid: Tensor | None,
+    beside: Tensor | None,
     activation: str | None,
     ptr: Tensor | None,
     total_atoms: int,
     backend: str,
 ) -> Tensor:
-    return modes.new_empty(modes.shape[0], total_atoms, modes.shape[3])
+    width = modes.shape[3] + (0 if beside is None else beside.shape[2])
+    return modes.new_empty(modes.shape[0], total_atoms, width)
 
 
 def _save_inverse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    modes, eigvecs, residual, centroid, ctx.activation, ptr, _, ctx.backend = inputs
+    modes, eigvecs, residual, centroid, _, ctx.activation, ptr, _, ctx.backend = inputs
     ctx.residual_shape = None if residual is None else residual.shape
     ctx.centroid_shape = None if centroid is None else centroid.shape
     ctx.save_for_backward(modes, eigvecs, ptr)
@@ -164,6 +171,7 @@ def _pull_inverse(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     modes, eigvecs, ptr = ctx.saved_tensors
     wants_modes, wants_eigvecs, wants_residual, wants_centroid = ctx.needs_input_grad[:4]
     wants_added = wants_residual or wants_centroid
+    grad = grad[..., : modes.shape[3]]
     grad_modes = grad_eigvecs = grad_residual = grad_centroid = None
     if wants_modes or wants_added:
         grad_modes, added = inverse_graph_fourier_bwd(
@@ -177,7 +185,7 @@ def _pull_inverse(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_eigvecs = graph_fourier_eigvecs_bwd(
             grad, modes, eigvecs, ctx.activation, ptr, ctx.backend
         )
-    return grad_modes, grad_eigvecs, grad_residual, grad_centroid, None, None, None, None
+    return grad_modes, grad_eigvecs, grad_residual, grad_centroid, None, None, None, None, None
 
 
 inverse_graph_fourier.register_autograd(_pull_inverse, setup_context=_save_inverse)
@@ -202,7 +210,7 @@ def inverse_graph_fourier_bwd(
     if backend == "triton":
         from gfnode_fast.kernels.graph_fourier_launch import launch_inverse_graph_fourier_bwd
 
-        offsets = _beside(ptr, modes)
+        offsets = _on_device(ptr, modes)
         return launch_inverse_graph_fourier_bwd(
             grad, modes, eigvecs, activation, offsets, wants_added
         )
@@ -246,7 +254,7 @@ def graph_fourier_eigvecs_bwd(
     if backend == "triton":
         from gfnode_fast.kernels.graph_fourier_launch import launch_graph_fourier_eigvecs_bwd
 
-        offsets = _beside(ptr, modes)
+        offsets = _on_device(ptr, modes)
         return launch_graph_fourier_eigvecs_bwd(grad, modes, eigvecs, activation, offsets)
     if ptr is None:
         by_molecule = grad.unflatten(1, eigvecs.shape[:2])

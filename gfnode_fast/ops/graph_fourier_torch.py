@@ -64,6 +64,51 @@ def synthesise(
     return out
 
 
+def side_by_side(signal: Tensor, beside: Tensor | None, ptr: Tensor | None = None) -> Tensor:
+    """(T, B, N, C), or (T, ΣN, C) with `ptr`, and (T, B, W), given to each of a molecule's atoms
+    → C + W channels.
+    """
+    if beside is None:
+        return signal
+    return torch.cat((signal, to_atoms(beside, signal.shape, ptr)), dim=-1)
+
+
+def to_atoms(beside: Tensor, shape: torch.Size, ptr: Tensor | None) -> Tensor:
+    """(T, B, W) to each of a molecule's atoms: (T, B, N, W), or (T, ΣN, W) with `ptr`; `shape` is
+    that of the atoms' signal.
+    """
+    if ptr is None:
+        return beside.unsqueeze(2).expand(*shape[:3], -1)
+    sizes = to_device(ptr, beside.device).diff()
+    return beside.repeat_interleave(sizes, dim=1, output_size=shape[1])
+
+
+class _SumBeside(torch.autograd.Function):
+    """[signal + activated, beside], written once."""
+
+    @staticmethod
+    def forward(ctx: Any, signal: Tensor, activated: Tensor, beside: Tensor) -> Tensor:
+        ctx.channels = channels = activated.shape[-1]
+        out = activated.new_empty(*activated.shape[:-1], channels + beside.shape[-1])
+        torch.add(signal, activated, out=out[..., :channels])
+        out[..., channels:] = beside
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad = grad[..., : ctx.channels]
+        return grad.sum(0), grad, None
+
+
+def sum_beside(signal: Tensor, activated: Tensor, beside: Tensor, ptr: Tensor | None) -> Tensor:
+    """signal (B, N, C), activated (T, B, N, C), beside (T, B, W), without gradient →
+    (T, B, N, C + W); with `ptr` ΣN for B, N.
+    """
+    beside = to_atoms(beside, activated.shape, ptr)
+    out: Tensor = _SumBeside.apply(signal, activated, beside)  # type: ignore[no-untyped-call]
+    return out
+
+
 def synthesise_bwd(
     grad: Tensor, modes: Tensor, eigvecs: Tensor, activation: str | None, wants_added: bool
 ) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,8 @@ class TorchKernels:
         return F.linear(h, weight)
 
     def mlp(self, parts: Sequence[Tensor], weights: MLPWeights, activation: Activation) -> Tensor:
-        z = F.linear(torch.cat(tuple(parts), dim=-1), weights.weight0, weights.bias0)
+        inputs = torch.cat(tuple(parts), dim=-1) if len(parts) > 1 else parts[0]
+        z = F.linear(inputs, weights.weight0, weights.bias0)
         return F.linear(activation(z), weights.weight2, weights.bias2)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gfnode_fast.ops.compiled_solve import compiled_solve
 from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
+from gfnode_fast.ops.graph_fourier_torch import sum_beside
 from gfnode_fast.ops.mode_rhs import right_hand_side
 from gfnode_fast.ops.synthesis import serves, synthesise_solved
 from gfnode_fast.ops.triton_solve import triton_solve
@@ -41,6 +42,7 @@ def propagate(
     transforms: str = "auto",
     solver_mode: SolverMode = "joint",
     activation: Callable[[Tensor], Tensor] | None = None,
+    beside: Tensor | None = None,
     ptr: Tensor | None = None,
 ) -> Tensor:
     """The propagator's output with its own parameters, without the published output handling.
@@ -59,14 +61,18 @@ def propagate(
             `fixed(step_size)` are those of `gfnode_fast.solvers`.
         activation: when given, what the model does next is done here: the result is the signal
             plus the activation of what was propagated, in one pass where it is compiled.
+        beside: (T, B, W), put after the channels of each of a molecule's atoms in that result, by
+            the same pass; of D = 1, gets no gradient.
         ptr: (B+1,) int64, molecules of different size: molecule b owns the atoms ptr[b] ...
             ptr[b+1]-1, as in `graph_fourier`. Modes that a molecule does not have (m >= N_b) start
             at 0. Of the graph basis only.
 
     Returns:
-        (T, B, N, D, C), or (T, ΣN, D, C) with `ptr`.
+        (T, B, N, D, C), or (T, ΣN, D, C) with `ptr`; C + W channels with `beside`.
 
     Raises:
+        TypeError, ValueError: a `beside` of another shape or dtype, without `activation`, or that
+            requires a gradient.
         ValueError: another backend; a solver_mode that this dynamics, solver or backend does not
             have; times that are not positive and finite, in a mode other than "joint".
         RuntimeError: backend="compiled" or "triton" with what it does not have (`check_compilable`,
@@ -81,6 +87,7 @@ def propagate(
     check_choice("backend", backend, SOLVE_BACKENDS)
     check_mode_of("propagate", solver_mode, propagator.t_conv, backend)
     _check_shapes(propagator, signal, times, ptr)
+    _check_beside(beside, signal, times, activation)
     stats = SolveStats() if stats is None else stats
     transforms = "triton" if backend == "triton" else transforms
     modes = _transform(propagator, signal, eigvecs, ptr, transforms)
@@ -92,7 +99,7 @@ def propagate(
         solved = _solve_in_mode(propagator.t_conv, modes, times, stats, solver_mode)
     else:
         solved = _solve(propagator.t_conv, modes, times, stats)
-    return _transform_back(propagator, solved, signal, eigvecs, ptr, activation, transforms)
+    return _transform_back(propagator, solved, signal, eigvecs, ptr, activation, beside, transforms)
 
 
 def check_mode_of(op: str, mode: object, ode: ModeODE, backend: str) -> None:
@@ -142,6 +149,34 @@ def _check_shapes(
         raise ValueError(
             f"propagate: `times` must be ({batch}, T), got {tuple(times.shape)}; pass a row of "
             "times for each molecule"
+        )
+
+
+def _check_beside(
+    beside: Tensor | None,
+    signal: Tensor,
+    times: Tensor,
+    activation: Callable[[Tensor], Tensor] | None,
+) -> None:
+    if beside is None:
+        return
+    shape = tuple(times.shape[::-1])
+    if activation is None or signal.shape[-2] != 1:
+        raise ValueError(
+            "propagate: `beside` must come with `activation` and a signal of D = 1, got "
+            f"{'no activation' if activation is None else f'D = {signal.shape[-2]}'}; join it to "
+            "the result"
+        )
+    if beside.dim() != 3 or beside.shape[:2] != shape or beside.requires_grad:
+        raise ValueError(
+            f"propagate: `beside` must be ({shape[0]}, {shape[1]}, W) and not require a gradient, "
+            f"got {tuple(beside.shape)}, requires_grad={beside.requires_grad}; reshape it, or join "
+            "it to the result"
+        )
+    if beside.dtype != signal.dtype:
+        raise TypeError(
+            f"propagate: `beside` must be {signal.dtype} like the signal, got {beside.dtype}; "
+            "convert it"
         )
 
 
@@ -202,12 +237,13 @@ def _transform_back(
     eigvecs: Tensor | None,
     ptr: Tensor | None,
     activation: Callable[[Tensor], Tensor] | None,
+    beside: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """(B, T, D, M, C) → (T, B, N, D, C), or (T, ΣN, D, C) with `ptr`."""
+    """(B, T, D, M, C) → (T, B, N, D, C), or (T, ΣN, D, C) with `ptr`; C + W with `beside`."""
     if propagator.basis != "graph":
         out = propagator.transform_back(solved.permute(1, 0, 3, 2, 4), signal.shape[1], eigvecs)
-        return out if activation is None else signal + activation(out)
+        return _with_signal(out, signal, activation, beside, ptr)
     assert eigvecs is not None
     if (
         activation is not None
@@ -215,7 +251,7 @@ def _transform_back(
         and backend == "auto"
         and serves(solved, eigvecs, signal, activation)
     ):
-        return synthesise_solved(solved, eigvecs, signal, activation)
+        return synthesise_solved(solved, eigvecs, signal, activation, beside)
     modes = solved.permute(1, 0, 3, 2, 4).flatten(3)
     total = None if ptr is None else len(signal)
     is_fused = backend == "triton" and type(activation) is nn.SiLU
@@ -224,9 +260,25 @@ def _transform_back(
         eigvecs,
         residual=signal.flatten(-2) if is_fused else None,
         activation="silu" if is_fused else None,
+        beside=beside if is_fused else None,
         ptr=ptr,
         total_atoms=total,
         backend=backend,
     )
-    out = flat.view(*flat.shape[:-1], *signal.shape[-2:])
-    return out if activation is None or is_fused else signal + activation(out)
+    out = flat.unflatten(-1, (signal.shape[-2], -1))
+    return out if is_fused else _with_signal(out, signal, activation, beside, ptr)
+
+
+def _with_signal(
+    out: Tensor,
+    signal: Tensor,
+    activation: Callable[[Tensor], Tensor] | None,
+    beside: Tensor | None,
+    ptr: Tensor | None,
+) -> Tensor:
+    """What the model does next, where it is no part of the transform back."""
+    if activation is None:
+        return out
+    if beside is None:
+        return signal + activation(out)
+    return sum_beside(signal.squeeze(-2), activation(out).squeeze(-2), beside, ptr).unsqueeze(-2)

@@ -1,8 +1,8 @@
 """The compiled inverse graph Fourier transform of a solve, with what the model does next.
 
-    out[t, b, n] = signal[b, n] + act(Σ_m U[b, n, m] values[b, t, :, m])
+    out[t, b, n] = [signal[b, n] + act(Σ_m U[b, n, m] values[b, t, :, m]), beside[t, b]]
 
-Registered as `gfnode_fast::synthesis`, float32 on the CPU. Ownership and cost:
+Registered as `gfnode_fast::synthesis_beside`, float32 on the CPU. Ownership and cost:
 csrc/cpu/synthesis.h. Its gradient forms the activation's argument again; nothing of the output's
 size is kept. Once differentiable; a second derivative is refused.
 """
@@ -26,7 +26,7 @@ def why_not_compiled() -> str | None:
     global _registered
     if problem := why_no_extension():
         return problem
-    if not hasattr(torch.ops.gfnode_fast, "synthesis"):
+    if not hasattr(torch.ops.gfnode_fast, "synthesis_beside"):
         return f"the extension was built without it; {REBUILD}"
     if not _registered:
         _register()
@@ -38,45 +38,67 @@ why_not_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]  #
 
 
 def serves(
-    values: Tensor, eigvecs: Tensor, signal: Tensor, activation: Callable[[Tensor], Tensor]
+    values: Tensor,
+    eigvecs: Tensor,
+    signal: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    beside: Tensor | None = None,
 ) -> bool:
     """Whether `synthesise_solved` has these arguments."""
     return (
         type(activation) in ACTIVATIONS
         and all(t.dtype == torch.float32 and t.is_cpu for t in (values, eigvecs, signal))
         and not eigvecs.requires_grad
+        and (beside is None or (beside.dtype == torch.float32 and not beside.requires_grad))
         and why_not_compiled() is None
     )
 
 
 def synthesise_solved(
-    values: Tensor, eigvecs: Tensor, signal: Tensor, activation: Callable[[Tensor], Tensor]
+    values: Tensor,
+    eigvecs: Tensor,
+    signal: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    beside: Tensor | None = None,
 ) -> Tensor:
-    """values (B, T, D, M, C), eigvecs (B, N, N), signal (B, N, D, C) → (T, B, N, D, C)."""
-    out: Tensor = torch.ops.gfnode_fast.synthesis(
+    """values (B, T, D, M, C), eigvecs (B, N, N), signal (B, N, D, C) → (T, B, N, D, C); with
+    `beside` (T, B, W), of D = 1, → (T, B, N, 1, C + W).
+    """
+    if beside is None:
+        beside = values.new_empty(values.shape[1], values.shape[0], 0)
+    out: Tensor = torch.ops.gfnode_fast.synthesis_beside(
         values.contiguous(),
         eigvecs.contiguous(),
         signal.flatten(2).contiguous(),
+        beside.contiguous(),
         ACTIVATIONS[type(activation)],  # type: ignore[index]
     )
-    shaped: Tensor = out.unflatten(3, signal.shape[2:])
+    shaped: Tensor = out.unflatten(3, (signal.shape[2], -1))
     return shaped
 
 
 def _register() -> None:
-    op = "gfnode_fast::synthesis"
+    op = "gfnode_fast::synthesis_beside"
     torch.library.register_fake(op, _fake)
     torch.library.register_fake(f"{op}_backward", _backward_fake)
     torch.library.register_autograd(op, _backward, setup_context=_context)
     torch.library.register_autograd(f"{op}_backward", _no_second_derivative)
 
 
-def _fake(values: Tensor, eigvecs: Tensor, signal: Tensor, activation: int) -> Tensor:
-    return values.new_empty(values.shape[1], *signal.shape)
+def _fake(
+    values: Tensor, eigvecs: Tensor, signal: Tensor, beside: Tensor, activation: int
+) -> Tensor:
+    width = signal.shape[2] + beside.shape[2]
+    return values.new_empty(values.shape[1], *signal.shape[:2], width)
 
 
 def _backward_fake(
-    grad: Tensor, values: Tensor, eigvecs: Tensor, signal: Tensor, activation: int
+    grad: Tensor,
+    values: Tensor,
+    eigvecs: Tensor,
+    signal: Tensor,
+    beside: Tensor,
+    activation: int,
 ) -> tuple[Tensor, Tensor]:
     return values.new_empty(values.shape), values.new_empty(signal.shape)
 
@@ -87,10 +109,10 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, signal = torch.ops.gfnode_fast.synthesis_backward(
+    values, signal = torch.ops.gfnode_fast.synthesis_beside_backward(
         grad.contiguous(), *ctx.saved_tensors, ctx.activation
     )
-    return values, None, signal, None
+    return values, None, signal, None, None
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:

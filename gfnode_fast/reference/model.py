@@ -229,8 +229,9 @@ class FourierMD(nn.Module):
         x, v, h = self._encode(x, v, h, row, col, edge_fea)
         h, x, kld = self._sample(h, x)
         s = timeframes / self.delta_frame
-        x, v, h = self._propagate(x, v, h, loc_mean, s, U_batch, (batch, num_atoms))
-        h = torch.cat((h, self._frame_embedding(timeframes, num_atoms, h.dtype)), dim=-1)
+        embedding = frame_embedding(timeframes.T, self.time_emb_dim)
+        shape = (batch, num_atoms)
+        x, v, h = self._propagate(x, v, h, loc_mean, s, U_batch, shape, embedding)
         x, v, h = self._decode(x, v, h, row, col, edge_fea, num_copies=timeframes.shape[1])
         return x, v, h, kld
 
@@ -261,39 +262,41 @@ class FourierMD(nn.Module):
         s: Tensor,
         eigvecs: Tensor | None,
         batch_shape: tuple[int, int],
+        beside: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Encoded state at time 0 → (T*B*N, ...) at normalised times s (B, T), residual
-        included.
+        included; `beside` (T, B, Kt) stands after the features of each of a molecule's atoms.
         """
         num_times = s.shape[1]
         features = h.view(*batch_shape, 1, -1)
         vectors = torch.stack((x - loc_mean, v), dim=-1).view(*batch_shape, 3, VECTOR_CHANNELS)
-        features_t = features.expand(num_times, *features.shape)
         if self.propagate_h:
-            features_t = self._propagated(self.freq_conv, features, s, eigvecs)
+            features_t = self._propagated(self.freq_conv, features, s, eigvecs, beside)
+        else:
+            features_t = side_by_side(features.expand(num_times, *features.shape), beside)
         vectors_t = vectors.expand(num_times, *vectors.shape)
         if self.propagate_x:
             vectors_t = self._propagated(self.freq_conv_x, vectors, s, eigvecs)
         x_t = vectors_t[..., 0].reshape(-1, 3) + loc_mean.repeat(num_times, 1)
-        return x_t, vectors_t[..., 1].reshape(-1, 3), features_t.reshape(-1, h.shape[1])
+        return x_t, vectors_t[..., 1].reshape(-1, 3), features_t.reshape(-1, features_t.shape[-1])
 
     def _reads_times(self) -> bool:
         """Whether the values of the times are checked before the solve, which waits for a GPU."""
         return True
 
     def _propagated(
-        self, propagator: Propagator, signal: Tensor, s: Tensor, eigvecs: Tensor | None
+        self,
+        propagator: Propagator,
+        signal: Tensor,
+        s: Tensor,
+        eigvecs: Tensor | None,
+        beside: Tensor | None = None,
     ) -> Tensor:
-        """Signal at times s, residual included: the one place where a faster model puts its own
-        propagation.
+        """Signal at times s, residual included, and `beside`: the one place where a faster model
+        puts its own propagation.
         """
         out: Tensor = signal + self.activation(propagator(signal, s, eigvecs))
-        return out
-
-    def _frame_embedding(self, timeframes: Tensor, num_atoms: int, dtype: torch.dtype) -> Tensor:
-        """(B, T) frames → (T*B*N, Kt), each atom carrying its molecule's embedding."""
-        embedding = frame_embedding(timeframes.T, self.time_emb_dim).to(dtype)
-        return embedding.unsqueeze(2).expand(-1, -1, num_atoms, -1).reshape(-1, self.time_emb_dim)
+        return side_by_side(out, beside)
 
     def _decode(
         self,
@@ -313,6 +316,14 @@ class FourierMD(nn.Module):
         for layer in self.decode_layers:
             x, v, h = layer(x, v, h, row, col, edge_fea)
         return x, v, h
+
+
+def side_by_side(signal: Tensor, beside: Tensor | None) -> Tensor:
+    """(T, B, N, D, C) and (T, B, W), the same for all atoms → (T, B, N, D, C + W)."""
+    if beside is None:
+        return signal
+    beside = beside.to(signal.dtype)[:, :, None, None].expand(*signal.shape[:-1], -1)
+    return torch.cat((signal, beside), dim=-1)
 
 
 def _reparametrise(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:

@@ -175,6 +175,31 @@ def test_inverse_is_the_definition(
     assert relative_error(got, expected) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_inverse_beside_an_embedding(backend: str, ragged: bool) -> None:
+    """The same bits beside the embedding of each molecule and time, and its gradients."""
+    sizes = SIZES if ragged else (5, 5)
+    inputs, options = inverse_case(sizes, ragged, "features", channels=20)
+    beside = randn(2, len(sizes), 3)
+    atoms = torch.tensor(sizes, device=DEVICE)
+    expected = beside.repeat_interleave(atoms, dim=1)
+
+    def together(*arguments: Tensor) -> Tensor:
+        out = call_inverse("features", backend, options | {"beside": beside})(*arguments)
+        assert out.is_contiguous()
+        assert torch.equal(out[..., 20:].reshape(expected.shape), expected)
+        return out[..., :20]
+
+    apart = call_inverse("features", backend, options)
+    assert torch.equal(together(*inputs), apart(*inputs))
+    for mine, theirs in zip(gradients(together, inputs), gradients(apart, inputs), strict=True):
+        assert relative_error(mine, theirs) <= TOLERANCE[torch.float64]
+    for wrong, message in ((beside[:1], "`beside` must be"), (beside.requires_grad_(), "not req")):
+        with pytest.raises(ValueError, match=message):
+            call_inverse("features", backend, options | {"beside": wrong})(*inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_inverse_in_16_bits(dtype: torch.dtype) -> None:
     inputs, options = inverse_case((5, 5), False, "coordinates", dtype=dtype)
@@ -257,10 +282,10 @@ def test_opcheck(backend: str, ragged: bool) -> None:
         sizes, ragged, "coordinates", channels=2, dtype=torch.float32
     )
     added = (residual.requires_grad_(), centroid.requires_grad_())
-    total = sum(sizes)
+    total, beside = sum(sizes), randn(2, 2, 3, dtype=torch.float32)
     opcheck(
         torch.ops.gfnode_fast.inverse_graph_fourier,
-        *(modes.requires_grad_(), eigvecs, *added, "silu", ptr, total, backend),
+        *(modes.requires_grad_(), eigvecs, *added, beside, "silu", ptr, total, backend),
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gfnode_fast.ops import synthesis
 from gfnode_fast.ops.propagate import propagate
+from gfnode_fast.reference.model import side_by_side
 from op_checks import opcheck, relative_error
 from spectral import outputs_and_gradients, propagator, signals
 
@@ -27,9 +28,16 @@ def inputs(batch: int, times: int, parts: int, modes: int, width: int, atoms: in
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def formula(values: Tensor, eigvecs: Tensor, signal: Tensor, activation: nn.Module) -> Tensor:
+def formula(
+    values: Tensor,
+    eigvecs: Tensor,
+    signal: Tensor,
+    activation: nn.Module,
+    beside: Tensor | None = None,
+) -> Tensor:
     kept = eigvecs[:, :, : values.shape[3]]
-    return signal + activation(torch.einsum("bnm,btdmc->tbndc", kept, values))
+    out = signal + activation(torch.einsum("bnm,btdmc->tbndc", kept, values))
+    return side_by_side(out, beside)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -41,9 +49,11 @@ def test_against_the_formula(size: tuple[int, ...], activation: nn.Module) -> No
     for values, _, signal in (exact, single):
         values.requires_grad_()
         signal.requires_grad_()
-    assert synthesis.serves(*single, activation)
-    expected = formula(*exact, activation)
-    actual = synthesis.synthesise_solved(*single, activation)
+    batch, times, components = size[:3]
+    beside = torch.randn(times, batch, 5) if components == 1 else None
+    assert synthesis.serves(*single, activation, beside)
+    expected = formula(*exact, activation, beside)
+    actual = synthesis.synthesise_solved(*single, activation, beside)
     assert actual.shape == expected.shape
     assert relative_error(actual, expected) < BOUND
     cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
@@ -69,9 +79,16 @@ def test_registered() -> None:
     values, eigvecs, signal = (tensor.float() for tensor in inputs(2, 2, 1, 2, 4, 5))
     rows = signal.flatten(2)
     ops = torch.ops.gfnode_fast
-    out = ops.synthesis(values, eigvecs, rows, 0)
-    opcheck(ops.synthesis_backward, out, values, eigvecs, rows, 0)
-    opcheck(ops.synthesis, values.requires_grad_(), eigvecs, rows.requires_grad_(), 0)
+    for width in (0, 3):
+        given = (values.detach(), eigvecs, rows.detach(), torch.randn(2, 2, width), 0)
+        opcheck(ops.synthesis_beside_backward, ops.synthesis_beside(*given), *given)
+        opcheck(
+            ops.synthesis_beside,
+            values.requires_grad_(),
+            eigvecs,
+            rows.requires_grad_(),
+            *given[3:],
+        )
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -99,3 +116,40 @@ def test_propagate_with_an_activation(activation: nn.Module, basis: str | None) 
     actual = outputs_and_gradients(together, model, *given)
     for name, value in expected.items():
         assert relative_error(actual[name], value) < 1e-5, name
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.ReLU()], ids=str)
+@pytest.mark.parametrize("basis", ["graph", "linear", None])
+def test_propagate_beside_an_embedding(activation: nn.Module, basis: str | None) -> None:
+    """In C++ and in PyTorch, the result and the embedding in one tensor."""
+    model = propagator(basis, num_modes=5 if basis is None else 3).float()
+    given = [tensor.float() for tensor in signals()]
+    beside = torch.randn(4, 3, 2)
+
+    def apart(*arguments: Tensor) -> Tensor:
+        return side_by_side(propagate(*arguments, activation=activation), beside)
+
+    def together(*arguments: Tensor) -> Tensor:
+        out = propagate(*arguments, activation=activation, beside=beside)
+        assert out.is_contiguous()
+        return out
+
+    expected = outputs_and_gradients(apart, model, *given)
+    actual = outputs_and_gradients(together, model, *given)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_what_stands_beside_is_checked() -> None:
+    model, given = propagator(), signals()
+    beside = torch.zeros(4, 3, 2, dtype=torch.float64)
+    for wrong, options, error, message in (
+        (beside, {}, ValueError, "`beside` must come with `activation`"),
+        (beside[:3], {"activation": nn.SiLU()}, ValueError, r"`beside` must be \(4, 3, W\)"),
+        (beside.float(), {"activation": nn.SiLU()}, TypeError, "`beside` must be torch.float64"),
+        (beside.clone().requires_grad_(), {"activation": nn.SiLU()}, ValueError, "not require"),
+    ):
+        with pytest.raises(error, match=message):
+            propagate(model, *given, beside=wrong, **options)
+    with pytest.raises(ValueError, match="D = 1, got D = 3"):
+        propagate(model, *signals(components=3), beside=beside, activation=nn.SiLU())
