@@ -18,6 +18,11 @@ from gfnode_fast.spectra.laplacian import Kind
 from gfnode_fast.spectra.spectrum import Spectrum, graph_spectrum
 from gfnode_fast.spectra.store import SpectralStore
 
+ALGORITHM = 1
+"""Of what files hold. To be raised with every change after which the solver or the canonical rule
+may give another basis, so that older files are not found.
+"""
+
 _ALL: weakref.WeakSet[SpectralCache] = weakref.WeakSet()
 
 
@@ -27,7 +32,8 @@ class SpectralCache:
     Args:
         max_bytes: the least recently used spectra go when they take more than this.
         directory: keep float64 spectra in files there too, across runs and processes; they need
-            safetensors. None: memory only.
+            safetensors. None: memory only. Files of an older algorithm (`ALGORITHM`) stay and are
+            not read.
 
     Raises:
         ValueError: max_bytes is negative.
@@ -143,7 +149,7 @@ def _bytes(spectrum: Spectrum) -> int:
 def _file_name(key: bytes, kind: Kind, canonical: bool) -> str:
     """A name that changes with everything the values depend on."""
     rule = f"{SAME_EIGENVALUE} {SAME_ENTRY}" if canonical else "solver's basis"
-    return hashlib.sha256(key + f"{kind} {rule}".encode()).hexdigest()
+    return hashlib.sha256(key + f"{ALGORITHM} {kind} {rule}".encode()).hexdigest()
 
 
 def _padded(spectra: list[Spectrum], n: int) -> Spectrum:

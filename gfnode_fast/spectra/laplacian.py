@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -13,7 +14,11 @@ Kind = Literal["combinatorial", "symmetric", "random_walk"]
 
 
 def graph_laplacian(
-    graphs: Graphs, kind: Kind = "combinatorial", *, dtype: torch.dtype = torch.float64
+    graphs: Graphs,
+    kind: Kind = "combinatorial",
+    weights: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Laplacians of a batch of graphs of different size.
 
@@ -22,6 +27,8 @@ def graph_laplacian(
             published adjacency. Weighted: the weights of repeated edges add up.
         kind: "combinatorial" D - A; "symmetric" I - D^-1/2 A D^-1/2; "random_walk" I - D^-1 A (not
             symmetric). Nodes without edges have zero rows.
+        weights: (E,) weights of the edges in place of those of `graphs`, under the same conditions.
+            None: those of `graphs`, or 1 each where it has none.
         dtype: of the result, float32 or float64.
 
     Returns:
@@ -29,7 +36,7 @@ def graph_laplacian(
         its matrix is zero. Differentiable in the weights.
 
     Raises:
-        TypeError, ValueError: another kind or dtype.
+        TypeError, ValueError: another kind or dtype; weights that `Graphs` refuses.
 
     Notes:
         Deterministic: no atomics on a floating-point sum.
@@ -39,6 +46,8 @@ def graph_laplacian(
         raise TypeError(
             f"graph_laplacian: `dtype` must be torch.float32 or torch.float64, got {dtype}"
         )
+    if weights is not None:
+        graphs = replace(graphs, weights=weights)
     adjacency = adjacency_matrices(graphs, dtype)
     degree = adjacency.sum(dim=2)
     if kind == "combinatorial":

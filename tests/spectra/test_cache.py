@@ -106,6 +106,30 @@ def test_files_serve_the_next_cache(tmp_path: Path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_files_of_another_algorithm_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    graphs = batch_of([star(4)])
+    SpectralCache(directory=tmp_path).spectrum(graphs)
+    monkeypatch.setattr(cache_module, "ALGORITHM", cache_module.ALGORITHM + 1)
+    cache = SpectralCache(directory=tmp_path)
+    cache.spectrum(graphs)
+    assert (cache.counters()["read"], cache.counters()["solved"]) == (0, 1)
+
+
+def test_the_canonical_rule_has_not_changed():
+    """If it has on purpose: raise `ALGORITHM`, then put the new numbers here."""
+    assert cache_module.ALGORITHM == 1
+    expected = torch.tensor(
+        [
+            [0.447213595, 0.632455532, 0.0, 0.632455532, 0.0],
+            [0.447213595, 0.195439508, -0.601500955, -0.511667274, -0.371748034],
+            [0.447213595, -0.511667274, -0.371748034, 0.195439508, 0.601500955],
+            [0.447213595, -0.511667274, 0.371748034, 0.195439508, -0.601500955],
+            [0.447213595, 0.195439508, 0.601500955, -0.511667274, 0.371748034],
+        ]
+    )
+    torch.testing.assert_close(graph_spectrum(batch_of([ring(5)])).U[0], expected)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
 def test_a_damaged_file_is_reported_and_replaced(tmp_path: Path, caplog, damage: str):
     graphs = batch_of([random(8, 4)])

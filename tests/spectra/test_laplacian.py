@@ -46,6 +46,10 @@ def test_repeated_edges_count_once_unless_weighted():
     torch.testing.assert_close(graph_laplacian(Graphs(row, col, ptr))[0], once)
     weights = torch.tensor([0.5, 0.25, 0.25, 0.5])
     torch.testing.assert_close(graph_laplacian(Graphs(row, col, ptr, weights))[0], 0.75 * once)
+    for graphs in (Graphs(row, col, ptr), Graphs(row, col, ptr, 3 * weights)):
+        torch.testing.assert_close(graph_laplacian(graphs, weights=weights)[0], 0.75 * once)
+    with pytest.raises(ValueError, match="`weights` must be equal in both directions"):
+        graph_laplacian(Graphs(row, col, ptr), weights=torch.tensor([0.5, 0.25, 0.25, 1.0]))
 
 
 def test_gradient_in_the_weights():
