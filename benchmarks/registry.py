@@ -118,6 +118,8 @@ def _everywhere(row: Row) -> tuple[str, ...]:
     ours: tuple[str, ...] = ("ours", "ours exact") if row.model == "egnn" else ("ours",)
     if (row.op, row.phase, row.model, row.batch) == ("model", "step", "egnn", 100):
         ours += ("ours recompute",)
+    if row in WHOLE_MODEL_ROWS:
+        ours += (WHOLE_COMPILED,)
     if row.batch in ALONE:
         return ours if row.op == "propagation" else ("ours", "ours recompute")
     if row.op == "solve":
@@ -127,6 +129,11 @@ def _everywhere(row: Row) -> tuple[str, ...]:
         peers = ("torchode",) if row.model == "egnn" else ()
         return (*BASELINES, *peers, *ours, *loops)
     return (*BASELINES, *ours)
+
+
+# Whether a training step gains from torch.compile(model) on the CPU, at sizes that no GPU row has.
+WHOLE_COMPILED = "ours in torch.compile"
+WHOLE_MODEL_ROWS = (Row("model", "step", 10), Row("model", "step", 200))
 
 
 def model_rows(
