@@ -99,6 +99,12 @@ class WindowDataset:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"WindowDataset: `dtype` must be float32 or float64, got {dtype}")
         _check_match(trajectory, graph, windows)
+        largest = int(graph.numbers.max())
+        if largest_number is not None and largest_number < largest:
+            raise ValueError(
+                f"WindowDataset: `largest_number` must be at least the molecule's {largest}, got "
+                f"{largest_number}; take the largest of all molecules"
+            )
         start, target = windows.start.numpy(), windows.target.numpy()
         here = trajectory.positions[start].astype(np.float64)
         origin = np.zeros((len(start), 3))
@@ -124,7 +130,7 @@ class WindowDataset:
         self._times = windows.times.to(dtype)
         self._row, self._col = graph.row, graph.col
         self._edge_static = edge_static
-        self._charge = (numbers / (largest_number or numbers.max()))[:, None]
+        self._charge = (numbers / (largest_number or largest))[:, None]
         self._eigvecs = graph.eigvecs.to(dtype)
         self._move(torch.device(device))
 

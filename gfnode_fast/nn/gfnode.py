@@ -107,7 +107,9 @@ class GFNODE(FourierMD):
         assert self.delta_frame is not None
         edges = edge_index if isinstance(edge_index, Topology) else None
         row, col = edge_index.unsorted if isinstance(edge_index, Topology) else edge_index
-        sizes, num_times = to_device(ptr, x.device).diff(), timeframes.shape[1]
+        offsets, num_times = to_device(ptr, x.device), timeframes.shape[1]
+        sizes = offsets.diff()
+        ptr = offsets if "triton" in (self.backend, self._transforms) else ptr
         # unsafe: without a look at the sizes, which would wait for a GPU.
         centre = torch.segment_reduce(x, "mean", lengths=sizes, axis=0, unsafe=True)
         centre = centre.repeat_interleave(sizes, dim=0, output_size=len(x))

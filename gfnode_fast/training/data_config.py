@@ -142,17 +142,20 @@ class DataConfig:
             "make it one of the molecules",
         )
         own = {"name", *(option.name for option in fields(self))} - SHARED - {"molecules"}
-        entries = [{"trajectory": m} if isinstance(m, str) else dict(m) for m in self.molecules]
+        entries = [{"trajectory": m} if isinstance(m, str) else m for m in self.molecules]
         for k, entry in enumerate(entries):
-            unknown = sorted(set(entry) - own)
+            unknown = sorted(set(entry) - own) if isinstance(entry, dict) else []
             must(
-                not unknown and "trajectory" in entry,
+                isinstance(entry, dict)
+                and not unknown
+                and isinstance(entry.get("trajectory"), str)
+                and entry["trajectory"] != "",
                 f"data.molecules[{k}]",
                 f"a trajectory, or `trajectory` with any of {', '.join(sorted(own))}",
                 entry,
-                f"remove {unknown[0]}" if unknown else "add trajectory",
+                f"remove {unknown[0]}" if unknown else "name a trajectory",
             )
-        object.__setattr__(self, "molecules", entries)
+        object.__setattr__(self, "molecules", [dict(entry) for entry in entries])
         self.by_molecule()  # each checks itself
 
     @property

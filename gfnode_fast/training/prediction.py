@@ -15,7 +15,7 @@ from torch import Tensor
 from gfnode_fast.data import Trajectory, WindowDataset, Windows
 from gfnode_fast.solvers.tableau import ADAPTIVE
 from gfnode_fast.training.problem import check_time_step, forked_random_state
-from gfnode_fast.training.trained import TrainedModel, load_model
+from gfnode_fast.training.trained import TrainedModel, choose_model, load_models
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +35,8 @@ def predict(
     own: the answer does not depend on which other frames are asked for.
 
     Args:
-        model: a loaded model, or what :func:`load_model` takes.
+        model: a loaded model, or a run: of several molecules the one whose atomic numbers `atoms`
+            have.
         atoms: start frames, A: an array or tensor (N, 3) or (S, N, 3), an ``ase.Atoms`` or a list
             of them (whose atomic numbers are then compared with the model's).
         velocities: of the same shape, A per frame (the difference of successive frames; for
@@ -53,7 +54,7 @@ def predict(
 
     Deterministic: the VAE's noise comes from the seed of the training.
     """
-    trained = model if isinstance(model, TrainedModel) else load_model(model)
+    trained = _trained(model, _numbers(atoms))
     start = _start_frames(trained, atoms)
     single = start.ndim == 2
     start = start[None] if single else start
@@ -127,6 +128,18 @@ def _start_dataset(trained: TrainedModel, start: Array, velocity: Array) -> Wind
         device=trained.device,
         largest_number=trained.largest_number,
     )
+
+
+def _trained(model: TrainedModel | str | Path, numbers: Sequence[int] | None) -> TrainedModel:
+    if isinstance(model, TrainedModel):
+        return model
+    return choose_model(load_models(model), numbers=numbers)
+
+
+def _numbers(atoms: Any) -> Sequence[int] | None:
+    """Of ase.Atoms, or of the first of a list of them."""
+    first = atoms[0] if isinstance(atoms, (list, tuple)) and len(atoms) else atoms
+    return list(first.numbers) if hasattr(first, "get_positions") else None
 
 
 def _start_frames(trained: TrainedModel, atoms: Any) -> Array:
@@ -203,7 +216,7 @@ def predict_from_trajectory(
     """Predict from frames of a trajectory, with the true frames beside where it has them.
 
     Args:
-        model: a loaded model, or what :func:`load_model` takes.
+        model: a loaded model, or a run: of several molecules that of the trajectory.
         trajectory: of the molecule of the training.
         starts: frame numbers that have a velocity in the trajectory.
         times: frames after each start, as for :func:`predict`.
@@ -212,7 +225,7 @@ def predict_from_trajectory(
         ValueError: as :func:`predict`; another molecule or time step; a start that the trajectory
             does not have or has no velocity for.
     """
-    trained = model if isinstance(model, TrainedModel) else load_model(model)
+    trained = _trained(model, trajectory.numbers.tolist())
     if trajectory.numbers.tolist() != trained.graph.numbers.tolist():
         raise ValueError(
             f"predict: `trajectory` must be of the model's atoms {trained.graph.numbers.tolist()}, "

@@ -18,8 +18,10 @@ from gfnode_fast.training import (
     config_from_dict,
     config_to_dict,
     evaluate,
+    load_model,
     load_models,
     predict,
+    predict_from_trajectory,
     read_metrics,
     read_report,
     train,
@@ -119,7 +121,9 @@ def test_one_time_step_for_all(tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"molecules": [{"dt_fs": 1.0}]}, r"`data.molecules\[0\]` must be a trajectory.*add"),
+        ({"molecules": [{"dt_fs": 1.0}]}, r"`data.molecules\[0\]` must be a trajectory.*name a"),
+        ({"molecules": ["a", None]}, r"`data.molecules\[1\]` must be a trajectory"),
+        ({"molecules": [{"trajectory": 3}]}, r"`data.molecules\[0\]` must be a trajectory"),
         ({"molecules": ["a", {"trajectory": "b", "delta_frame": 3}]}, "remove delta_frame"),
         ({"molecules": ["a", {"trajectory": "b", "wrong": 3}]}, "remove wrong"),
         ({"molecules": ["x/a.npz", "y/a.npz"]}, r"`data.molecules\[1\].name` must be"),
@@ -195,6 +199,19 @@ def test_predict_as_the_mixed_model_does(finished, files):
         times = batch.timeframes[sample].long()
         found = predict(models[name], batch.x[atoms], batch.v[atoms], times)
         np.testing.assert_allclose(found, expected[:, atoms], atol=1e-5)
+
+
+def test_atoms_say_which_molecule_is_meant(finished):
+    ase = pytest.importorskip("ase", reason="ASE is an optional package")
+    chain = chain_trajectory()
+    start, velocity = chain.positions[10], chain.velocities(np.array([10]))[0]
+    expected = predict(load_model(finished, molecule="chain"), start, velocity, [3, 9])
+    atoms = ase.Atoms(numbers=chain.numbers, positions=start)
+    np.testing.assert_array_equal(predict(finished, atoms, velocity, [3, 9]), expected)
+    found = predict_from_trajectory(finished, chain, [10], [3, 9])
+    np.testing.assert_array_equal(found.positions[0], expected)
+    with pytest.raises(ValueError, match="`molecule` must be one of ethanol, chain"):
+        predict(finished, start, velocity, [3, 9])
 
 
 def test_the_command_line_finds_the_molecule(finished, files, tmp_path, capsys):
