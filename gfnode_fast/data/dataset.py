@@ -130,7 +130,8 @@ class WindowDataset:
         self._times = windows.times.to(dtype)
         self._row, self._col = graph.row, graph.col
         self._edge_static = edge_static
-        self._charge = (numbers / (largest_number or largest))[:, None]
+        scale = numbers.max() if largest_number is None else largest_number
+        self._charge = (numbers / scale)[:, None]
         self._eigvecs = graph.eigvecs.to(dtype)
         self._move(torch.device(device))
 

@@ -144,7 +144,7 @@ def test_random_mixes_leave_the_cache_of_topologies_alone(parts):
 def test_an_element_has_one_feature_in_all_molecules(parts):
     carbons = {float(part(numbers, largest=8)._charge[0]) for numbers in (None, [6, 6, 6])}
     assert carbons == {0.75}
-    with pytest.raises(ValueError, match="`largest_number` must be at least 8"):
+    with pytest.raises(ValueError, match="`largest_number` must be at least the molecule's 8"):
         part(largest=7)
 
 
