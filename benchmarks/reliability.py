@@ -20,8 +20,8 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -32,8 +32,9 @@ if not __package__:  # run as a file
 
 import torch
 
-from benchmarks import environment
-from benchmarks.report import SCHEMA
+from benchmarks import training_runs
+from benchmarks.formatting import heading
+from benchmarks.training_tables import reliability_table
 from gfnode_fast.training import (
     DataConfig,
     ModelConfig,
@@ -155,7 +156,9 @@ def killed_run(directory: Path, kills: int, *, seed: int = 0) -> dict[str, Any]:
         if len(alive) == kills:
             break
     return {
-        "row": {"name": f"{kills} kills", "kills": kills, "epochs": epochs, "seed": seed},
+        "kills": kills,
+        "seed": seed,
+        "steps": epochs * STEPS_PER_EPOCH,
         "config": config_to_dict(config(Path("run"), epochs)),
         "seconds_uninterrupted": round(duration, 1),
         "seconds_alive": alive,
@@ -187,8 +190,8 @@ def memory_run(directory: Path, steps: int) -> dict[str, Any]:
     first = max(size for step, size in resident.items() if step <= steps // 2)
     growth = max(resident.values()) - first
     return {
-        "row": {"name": f"{steps} steps", "steps": steps},
-        "config": config_to_dict(settings) | {"output": "run"},
+        "steps": max(resident),
+        "config": config_to_dict(replace(settings, output="run")),
         "seconds": round(seconds, 1),
         "resident_bytes": resident,
         "growth_bytes": growth,
@@ -206,21 +209,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    command = ["python", "benchmarks/reliability.py", *(arguments or sys.argv[1:])]
-    about = environment.describe(torch.device("cpu"), command)
-    with tempfile.TemporaryDirectory(prefix="gfnode-reliability-") as directory:
-        rows = [
-            memory_run(Path(directory), options.steps),
-            killed_run(Path(directory), options.kills),
-        ]
-    for row in rows:
-        row["commit"] = about["commit"]
-        print(f"{row['row']['name']}: {'passed' if row['passed'] else 'FAILED'}")
-    about["load_average_at_end"] = [round(load, 2) for load in os.getloadavg()]
+
+    def run(folder: Path) -> dict[str, Any]:
+        return {
+            "memory": memory_run(folder, options.steps),
+            "kills": killed_run(folder, options.kills),
+        }
+
+    result = training_runs.measured("reliability.py", arguments, torch.device("cpu"), run)
     if options.json:
-        text = json.dumps({"schema": SCHEMA, "about": about, "rows": rows}, indent=1)
-        options.json.write_text(text + "\n")
-    return 0 if all(row["passed"] for row in rows) else 1
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(heading(result["about"]), reliability_table(result), sep="\n\n")
+    return 0 if result["memory"]["passed"] and result["kills"]["passed"] else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of results that are no rows of the registry: equivalence, end to end, large systems."""
+"""Tables of results that are no rows of the registry: those of whole training runs."""
 
 from __future__ import annotations
 
@@ -100,8 +100,23 @@ def large_systems_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def reliability_table(result: dict[str, Any]) -> str:
+    """Kills and memory in a sentence each, from a result of reliability.py."""
+    kills, memory = result["kills"], result["memory"]
+    same = "ended bit-identical" if kills["passed"] else "ended DIFFERENT"
+    flat = "flat" if memory["passed"] else "GROWING"
+    return (
+        f"Training of {kills['steps']} steps, killed (SIGKILL) at {kills['kills']} random moments, "
+        f"{kills['killed_while_writing_a_checkpoint']} of them while a checkpoint was written, and "
+        f"resumed each time, {same} to the run without kills. Resident memory over "
+        f"{memory['steps']} steps: {flat}, {memory['growth_bytes'] / 2**20:.2f} MB more in the "
+        f"second half than in the first, of {size(max(memory['resident_bytes'].values()))}."
+    )
+
+
 TABLES = {
     "equivalence": equivalence_table,
     "end_to_end": end_to_end_table,
     "large_systems": large_systems_table,
+    "reliability": reliability_table,
 }

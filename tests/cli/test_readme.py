@@ -89,9 +89,8 @@ def test_five_commands_from_a_trajectory_to_an_animation(
     molecule = small_trajectory(3500)
     write_extxyz("run.extxyz", molecule.positions, molecule.numbers, infos=[{}] * 3500)
     Path("small.yaml").write_text(yaml.safe_dump(SMALL))
-    inspect, train, resume, evaluate, predict = indented_commands(
-        section("Train on your own trajectory")
-    )
+    block = section("Train on your own trajectory").lstrip("\n").split("\n\n")[0]
+    inspect, train, resume, evaluate, predict = indented_commands(block)
     assert "--resume" in resume
 
     assert run(inspect) == 0

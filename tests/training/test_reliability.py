@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.reliability import killed_run, memory_run
+from benchmarks import reliability, report
 from full_disk import FullDisk, no_file_larger_than
 from gfnode_fast.cli.main import main
 from gfnode_fast.data import Trajectory, TrajectoryError, WriteError
@@ -24,18 +24,18 @@ from small_run import small_config, small_trajectory
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_the_same(tmp_path: Path) -> None:
-    """Anywhere: between steps, in a validation, while a checkpoint is written."""
-    found = killed_run(tmp_path, kills=5)
-    assert len(found["seconds_alive"]) == 5
-    assert found["passed"]
-
-
-@pytest.mark.slow
-def test_memory_stays_flat(tmp_path: Path) -> None:
-    found = memory_run(tmp_path, steps=1000)
-    assert max(found["resident_bytes"]) == 1000
-    assert found["passed"], found
+def test_kills_at_random_moments_and_memory_over_many_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kills anywhere: between steps, in a validation, while a checkpoint is written."""
+    path = tmp_path / "result.json"
+    assert reliability.main(["--kills", "5", "--steps", "1000", "--json", str(path)]) == 0
+    result = report.load(path)
+    assert len(result["kills"]["seconds_alive"]) == 5
+    assert result["memory"]["steps"] == 1000
+    said = report.readme_section([result])
+    assert "at 5 random moments" in said
+    assert said.splitlines()[-1] in capsys.readouterr().out
 
 
 def contents(directory: Path) -> dict[str, bytes]:
