@@ -51,7 +51,8 @@ class _Functional:
         self._precision = precision
 
     def linear(self, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if weight.shape[0] == 1:  # scalars of an MLP are sums, not products of matrices
+        # Scalars of an MLP, and edge features (E, D), are sums, not products of matrices.
+        if weight.shape[0] == 1 or a.dim() == 2:
             return F.linear(a, weight, bias)
         out: Tensor = RoundedLinear.apply(a, weight, self._precision)
         return out if bias is None else out + bias

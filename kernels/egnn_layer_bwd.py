@@ -3,23 +3,24 @@
 import triton
 import triton.language as tl
 
-from gfnode_fast.kernels.egnn_layer import (
-    MAX_DISPLACEMENT,
-    distance,
-    load_point,
-    summand_tile,
-    tile_of_nodes,
-)
+from gfnode_fast.kernels.egnn_layer import MAX_DISPLACEMENT, distance, hidden_summand
 from gfnode_fast.kernels.feature_tiles import (
     activate,
     activate_with_slope,
     add_column_sums,
     add_outer,
     dot,
+    linear_tile,
     load_columns,
     load_tile,
     product_tile,
     store_tile,
+)
+from gfnode_fast.kernels.graph_tiles import (
+    edges_of_nodes,
+    feature_columns,
+    load_point,
+    split_products,
 )
 
 
@@ -32,6 +33,7 @@ def _egnn_node_bwd_kernel(
     messages_ptr,
     shift_ptr,
     row_start_ptr,
+    message0_ptr,
     velocity0_ptr,
     velocity0_bias_ptr,
     velocity2_ptr,
@@ -39,6 +41,7 @@ def _egnn_node_bwd_kernel(
     node0_ptr,
     node0_bias_ptr,
     node2_ptr,
+    node_products_ptr,
     grad_hidden_ptr,
     active_ptr,
     grad_messages_ptr,
@@ -47,6 +50,7 @@ def _egnn_node_bwd_kernel(
     sums_ptr,
     num_nodes,
     num_rows,
+    stride_m0,
     width,
     hidden,
     SILU: tl.constexpr,
@@ -54,7 +58,7 @@ def _egnn_node_bwd_kernel(
     BLOCK_C: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """Writes columns 0 ... 2H of `grad_hidden` (rows, 4H): of the node and the velocity MLP.
+    """Writes P and Q, and columns 0 ... 2H of `grad_hidden` (rows, 4H): of node and velocity MLP.
 
     sums: a row per program, of the gradients of b_node0, b_velocity0, w_velocity2 (hidden each),
     b_node2 (width), b_velocity2; 0 on entry.
@@ -66,6 +70,10 @@ def _egnn_node_bwd_kernel(
     for tile in range(program, tl.cdiv(num_rows, BLOCK_R), tl.num_programs(0)):
         row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = row < num_rows
+        split_products(
+            h_ptr, node_products_ptr, message0_ptr + 1, stride_m0, row, mask, width, hidden,
+            BLOCK_C, MODE,
+        )  # fmt: skip
         grad_x = load_point(grad_x_ptr, row, mask)
         v = load_point(v_ptr, row, mask)
         grad_factor = grad_x[0] * v[0] + grad_x[1] * v[1] + grad_x[2] * v[2]
@@ -76,20 +84,10 @@ def _egnn_node_bwd_kernel(
             z = product_tile(
                 h_ptr, row * width, mask, node0_ptr, c, 2 * width, 1, hidden, width, BLOCK_C, MODE
             )
-            z += product_tile(
-                messages_ptr,
-                row * width,
-                mask,
-                node0_ptr + width,
-                c,
-                2 * width,
-                1,
-                hidden,
-                width,
-                BLOCK_C,
-                MODE,
-            )
-            z += load_columns(node0_bias_ptr, c, hidden)
+            z += linear_tile(
+                messages_ptr, row * width, mask, node0_ptr + width, 2 * width, node0_bias_ptr, c,
+                hidden, width, BLOCK_C, MODE,
+            )  # fmt: skip
             active, slope = activate_with_slope(z, SILU, MODE)
             store_tile(active_ptr, row * hidden, c, mask, hidden, active)
             grad = product_tile(
@@ -99,10 +97,10 @@ def _egnn_node_bwd_kernel(
             store_tile(grad_hidden_ptr, row * 4 * hidden, c, mask, hidden, grad)
             add_column_sums(sums_ptr, c, hidden, grad)
 
-            z = product_tile(
-                h_ptr, row * width, mask, velocity0_ptr, c, width, 1, hidden, width, BLOCK_C, MODE
-            )
-            z += load_columns(velocity0_bias_ptr, c, hidden)
+            z = linear_tile(
+                h_ptr, row * width, mask, velocity0_ptr, width, velocity0_bias_ptr, c, hidden,
+                width, BLOCK_C, MODE,
+            )  # fmt: skip
             active, slope = activate_with_slope(z, SILU, MODE)
             weight = load_columns(velocity2_ptr, c, hidden)
             factor += tl.sum(active * weight, axis=1)
@@ -114,25 +112,14 @@ def _egnn_node_bwd_kernel(
         for start in range(0, width, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             grad = product_tile(
-                grad_hidden_ptr,
-                row * 4 * hidden,
-                mask,
-                node0_ptr + width,
-                c,
-                1,
-                2 * width,
-                width,
-                hidden,
-                BLOCK_C,
-                MODE,
-            )
+                grad_hidden_ptr, row * 4 * hidden, mask, node0_ptr + width, c, 1, 2 * width, width,
+                hidden, BLOCK_C, MODE,
+            )  # fmt: skip
             store_tile(grad_messages_ptr, row * width, c, mask, width, grad)
             add_column_sums(
                 sums_ptr + 3 * hidden, c, width, load_tile(grad_h_ptr, row * width, c, mask, width)
             )
-        node = row % num_nodes
-        degree = tl.load(row_start_ptr + node + 1, mask=mask, other=1)
-        degree -= tl.load(row_start_ptr + node, mask=mask, other=0)
+        _first, degree = edges_of_nodes(row_start_ptr, row % num_nodes, mask)
         count = tl.maximum(degree, 1).to(offset.dtype)
         shift = load_point(shift_ptr, row, mask)
         for axis in tl.static_range(3):
@@ -148,12 +135,11 @@ def _egnn_node_bwd_kernel(
 def _egnn_edge_bwd_kernel(
     x_ptr,
     node_products_ptr,
-    edge_products_ptr,
     edge_fea_ptr,
-    order_ptr,
-    row_start_ptr,
+    row_ptr,
     col_ptr,
     message0_ptr,
+    message0_bias_ptr,
     message2_ptr,
     message2_bias_ptr,
     coordinate0_ptr,
@@ -201,191 +187,106 @@ def _egnn_edge_bwd_kernel(
     d_index = tl.arange(0, BLOCK_D)
     offset = tl.load(coordinate2_bias_ptr)
     grad_offset = tl.zeros((BLOCK_R,), offset.dtype)
-    tiles = tl.cdiv(num_nodes, BLOCK_R)
+    tiles = tl.cdiv(num_edges, BLOCK_R)
     for item in range(program, tiles * num_copies, tl.num_programs(0)):
-        node, mask, first, degree = tile_of_nodes(
-            order_ptr, row_start_ptr, item % tiles, num_nodes, BLOCK_R
-        )
+        edge = (item % tiles) * BLOCK_R + r_index
+        live = edge < num_edges
         copy = item // tiles
         base = (first_copy + copy) * num_nodes
-        row = base + node
-        for k in range(0, tl.max(degree, axis=0)):
-            live = k < degree
-            edge = first + k
-            source = base + tl.load(col_ptr + tl.where(live, edge, 0))
-            x_i = load_point(x_ptr, row, mask)
-            r, q, slope_q = distance(x_i, load_point(x_ptr, source, live), NORM)
-            # what does not count must not be NaN: its gradients are 0, and sums run over all rows
-            q = tl.where(live, q, 0.0)
-            for start in range(0, hidden, BLOCK_C):
-                c = start + tl.arange(0, BLOCK_C)
-                u = summand_tile(
-                    node_products_ptr,
-                    edge_products_ptr,
-                    message0_ptr,
-                    stride_m0,
-                    row,
-                    source,
-                    edge,
-                    q,
-                    live,
-                    c,
-                    hidden,
-                )
-                store_tile(hidden_ptr, r_index * hidden, c, every, hidden, activate(u, SILU, MODE))
-            tl.debug_barrier()
-            for start in range(0, width, BLOCK_C):
-                c = start + tl.arange(0, BLOCK_C)
-                y = product_tile(
-                    hidden_ptr,
-                    r_index * hidden,
-                    every,
-                    message2_ptr,
-                    c,
-                    hidden,
-                    1,
-                    width,
-                    hidden,
-                    BLOCK_C,
-                    MODE,
-                )
-                y += load_columns(message2_bias_ptr, c, width)
-                m, slope = activate_with_slope(y, SILU, MODE)
-                store_tile(message_ptr, r_index * width, c, every, width, m)
-                store_tile(slope_ptr, r_index * width, c, every, width, slope)
-            tl.debug_barrier()
-            f = tl.zeros((BLOCK_R,), offset.dtype) + offset
-            grad_shift = load_point(grad_shift_ptr, row, mask)
-            grad_f = r[0] * grad_shift[0] + r[1] * grad_shift[1] + r[2] * grad_shift[2]
-            grad_f = tl.where(live, grad_f, 0.0)
-            grad_offset += grad_f
-            for start in range(0, hidden, BLOCK_C):
-                c = start + tl.arange(0, BLOCK_C)
-                z = product_tile(
-                    message_ptr,
-                    r_index * width,
-                    every,
-                    coordinate0_ptr,
-                    c,
-                    width,
-                    1,
-                    hidden,
-                    width,
-                    BLOCK_C,
-                    MODE,
-                )
-                z += load_columns(coordinate0_bias_ptr, c, hidden)
-                active, slope = activate_with_slope(z, SILU, MODE)
-                weight = load_columns(coordinate2_ptr, c, hidden)
-                f += tl.sum(active * weight, axis=1)
-                grad = grad_f[:, None] * weight * slope
-                store_tile(grad_hidden_c_ptr, r_index * hidden, c, every, hidden, grad)
-                add_column_sums(bias_ptr + width, c, hidden, grad)
-                add_column_sums(bias_ptr + width + hidden, c, hidden, grad_f[:, None] * active)
-            tl.debug_barrier()
-            add_outer(
-                sums_ptr + hidden * width,
-                grad_hidden_c_ptr,
-                r_index * hidden,
-                hidden,
-                message_ptr,
-                r_index * width,
-                width,
-                every,
-                BLOCK_C,
-                MODE,
-            )
-            for start in range(0, width, BLOCK_C):
-                c = start + tl.arange(0, BLOCK_C)
-                grad = product_tile(
-                    grad_hidden_c_ptr,
-                    r_index * hidden,
-                    every,
-                    coordinate0_ptr,
-                    c,
-                    1,
-                    width,
-                    width,
-                    hidden,
-                    BLOCK_C,
-                    MODE,
-                )
-                grad += load_tile(grad_messages_ptr, row * width, c, live, width)
-                grad *= load_tile(slope_ptr, r_index * width, c, every, width)
-                store_tile(grad_y_ptr, r_index * width, c, every, width, grad)
-                add_column_sums(bias_ptr, c, width, grad)
-            tl.debug_barrier()
-            add_outer(
-                sums_ptr,
-                grad_y_ptr,
-                r_index * width,
-                width,
-                hidden_ptr,
-                r_index * hidden,
-                hidden,
-                every,
-                BLOCK_C,
-                MODE,
-            )
-            at = copy * num_edges + edge
-            grad_q = tl.zeros((BLOCK_R,), offset.dtype)
-            for start in range(0, hidden, BLOCK_C):
-                c = start + tl.arange(0, BLOCK_C)
-                u = summand_tile(
-                    node_products_ptr,
-                    edge_products_ptr,
-                    message0_ptr,
-                    stride_m0,
-                    row,
-                    source,
-                    edge,
-                    q,
-                    live,
-                    c,
-                    hidden,
-                )
-                _a, slope = activate_with_slope(u, SILU, MODE)
-                grad = product_tile(
-                    grad_y_ptr,
-                    r_index * width,
-                    every,
-                    message2_ptr,
-                    c,
-                    1,
-                    hidden,
-                    hidden,
-                    width,
-                    BLOCK_C,
-                    MODE,
-                )
-                grad *= slope
-                store_tile(grad_u_ptr, at * hidden, c, live, hidden, grad)
-                weight = tl.load(message0_ptr + c * stride_m0, mask=c < hidden, other=0.0)
-                grad_q += tl.sum(grad * weight[None, :], axis=1)
-            tl.debug_barrier()
-            # taken again rather than held: registers are short
-            x_i = load_point(x_ptr, row, mask)
-            r, _q, slope_q = distance(x_i, load_point(x_ptr, source, live), NORM)
-            grad_shift = load_point(grad_shift_ptr, row, mask)
-            grad_q *= 2.0 * slope_q
-            for axis in tl.static_range(3):
-                grad_r = f * grad_shift[axis] + grad_q * r[axis]
-                tl.store(grad_r_ptr + at * 3 + axis, grad_r, mask=live)
-            extra = tl.load(
-                edge_fea_ptr + edge[:, None] * depth + d_index[None, :] - 1,
-                mask=live[:, None] & (d_index >= 1)[None, :] & (d_index <= depth)[None, :],
-                other=0.0,
-            )
-            extra = tl.where((d_index == 0)[None, :], q[:, None], extra)
-            extra = tl.where((d_index == depth + 1)[None, :], 1.0, extra).to(offset.dtype)
-            for start in range(0, hidden, BLOCK_C):
-                c = start + tl.arange(0, BLOCK_C)
-                inside = (c < hidden)[:, None] & live[None, :]
-                grad = tl.load(grad_u_ptr + at[None, :] * hidden + c[:, None], inside, other=0.0)
-                to = extra_ptr + c[:, None] * BLOCK_D + d_index[None, :]
-                inside = (c < hidden)[:, None] & (d_index >= 0)[None, :]
-                total = tl.load(to, mask=inside, other=0.0) + dot(grad, extra, MODE)
-                tl.store(to, total, mask=inside)
+        target = base + tl.load(row_ptr + edge, mask=live, other=0)
+        source = base + tl.load(col_ptr + edge, mask=live, other=0)
+        x_i = load_point(x_ptr, target, live)
+        r, q, slope_q = distance(x_i, load_point(x_ptr, source, live), NORM)
+        for start in range(0, hidden, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            u, _w = hidden_summand(
+                node_products_ptr, edge_fea_ptr, message0_ptr, stride_m0, message0_bias_ptr, target,
+                source, edge, q, live, c, width, hidden, depth,
+            )  # fmt: skip
+            store_tile(hidden_ptr, r_index * hidden, c, every, hidden, activate(u, SILU, MODE))
+        tl.debug_barrier()
+        for start in range(0, width, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            y = linear_tile(
+                hidden_ptr, r_index * hidden, every, message2_ptr, hidden, message2_bias_ptr, c,
+                width, hidden, BLOCK_C, MODE,
+            )  # fmt: skip
+            m, slope = activate_with_slope(y, SILU, MODE)
+            store_tile(message_ptr, r_index * width, c, every, width, m)
+            store_tile(slope_ptr, r_index * width, c, every, width, slope)
+        tl.debug_barrier()
+        f = tl.zeros((BLOCK_R,), offset.dtype) + offset
+        grad_shift = load_point(grad_shift_ptr, target, live)
+        grad_f = r[0] * grad_shift[0] + r[1] * grad_shift[1] + r[2] * grad_shift[2]
+        grad_offset += grad_f
+        for start in range(0, hidden, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            z = linear_tile(
+                message_ptr, r_index * width, every, coordinate0_ptr, width, coordinate0_bias_ptr,
+                c, hidden, width, BLOCK_C, MODE,
+            )  # fmt: skip
+            active, slope = activate_with_slope(z, SILU, MODE)
+            weight = load_columns(coordinate2_ptr, c, hidden)
+            f += tl.sum(active * weight, axis=1)
+            grad = grad_f[:, None] * weight * slope
+            store_tile(grad_hidden_c_ptr, r_index * hidden, c, every, hidden, grad)
+            add_column_sums(bias_ptr + width, c, hidden, grad)
+            add_column_sums(bias_ptr + width + hidden, c, hidden, grad_f[:, None] * active)
+        tl.debug_barrier()
+        add_outer(
+            sums_ptr + hidden * width, grad_hidden_c_ptr, r_index * hidden, hidden, message_ptr,
+            r_index * width, width, every, BLOCK_C, MODE,
+        )  # fmt: skip
+        for start in range(0, width, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            grad = product_tile(
+                grad_hidden_c_ptr, r_index * hidden, every, coordinate0_ptr, c, 1, width, width,
+                hidden, BLOCK_C, MODE,
+            )  # fmt: skip
+            grad += load_tile(grad_messages_ptr, target * width, c, live, width)
+            grad *= load_tile(slope_ptr, r_index * width, c, every, width)
+            store_tile(grad_y_ptr, r_index * width, c, every, width, grad)
+            add_column_sums(bias_ptr, c, width, grad)
+        tl.debug_barrier()
+        add_outer(
+            sums_ptr, grad_y_ptr, r_index * width, width, hidden_ptr, r_index * hidden, hidden,
+            every, BLOCK_C, MODE,
+        )  # fmt: skip
+        at = copy * num_edges + edge
+        grad_q = tl.zeros((BLOCK_R,), offset.dtype)
+        for start in range(0, hidden, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            u, weight = hidden_summand(
+                node_products_ptr, edge_fea_ptr, message0_ptr, stride_m0, message0_bias_ptr, target,
+                source, edge, q, live, c, width, hidden, depth,
+            )  # fmt: skip
+            _a, slope = activate_with_slope(u, SILU, MODE)
+            grad = product_tile(
+                grad_y_ptr, r_index * width, every, message2_ptr, c, 1, hidden, hidden, width,
+                BLOCK_C, MODE,
+            )  # fmt: skip
+            grad *= slope
+            store_tile(grad_u_ptr, at * hidden, c, live, hidden, grad)
+            grad_q += tl.sum(grad * weight, axis=1)
+        tl.debug_barrier()
+        # taken again rather than held: registers are short
+        x_i = load_point(x_ptr, target, live)
+        r, _q, slope_q = distance(x_i, load_point(x_ptr, source, live), NORM)
+        grad_shift = load_point(grad_shift_ptr, target, live)
+        grad_q *= 2.0 * slope_q
+        for axis in tl.static_range(3):
+            grad_r = f * grad_shift[axis] + grad_q * r[axis]
+            tl.store(grad_r_ptr + at * 3 + axis, grad_r, mask=live)
+        extra = feature_columns(edge_fea_ptr, edge, live, d_index, depth)
+        extra = tl.where((d_index == 0)[None, :], q[:, None], extra)
+        for start in range(0, hidden, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            inside = (c < hidden)[:, None] & live[None, :]
+            grad = tl.load(grad_u_ptr + at[None, :] * hidden + c[:, None], inside, other=0.0)
+            to = extra_ptr + c[:, None] * BLOCK_D + d_index[None, :]
+            inside = (c < hidden)[:, None] & (d_index >= 0)[None, :]
+            total = tl.load(to, mask=inside, other=0.0) + dot(grad, extra, MODE)
+            tl.store(to, total, mask=inside)
     to = bias_ptr + width + 2 * hidden
     tl.store(to, tl.load(to) + tl.sum(grad_offset, axis=0))
 
@@ -398,7 +299,6 @@ def _egnn_gather_bwd_kernel(
     grad_hidden_ptr,
     grad_x_ptr,
     grad_h_ptr,
-    order_ptr,
     row_start_ptr,
     source_start_ptr,
     source_edge_ptr,
@@ -416,16 +316,15 @@ def _egnn_gather_bwd_kernel(
     MODE: tl.constexpr,
 ):
     """Writes columns 2H ... 4H of `grad_hidden`, of P and Q, and the gradients of x and h."""
-    node, mask, first, degree = tile_of_nodes(
-        order_ptr, row_start_ptr, tl.program_id(0), num_nodes, BLOCK_R
-    )
-    first_out = tl.load(source_start_ptr + node, mask=mask, other=0)
-    degree_out = tl.load(source_start_ptr + node + 1, mask=mask, other=0) - first_out
+    node = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = node < num_nodes
+    first, degree = edges_of_nodes(row_start_ptr, node, mask)
+    first_out, degree_out = edges_of_nodes(source_start_ptr, node, mask)
     copy = tl.program_id(1).to(tl.int64)
     edges = copy * num_edges
     row = (first_copy + copy) * num_nodes + node
     most = tl.max(degree, axis=0)
-    most_out = tl.max(degree_out, axis=0).to(tl.int32)
+    most_out = tl.max(degree_out, axis=0)
     last = num_edges - 1
     acc = grad_x_ptr.dtype.element_ty
     for start in range(0, hidden, BLOCK_C):
@@ -457,42 +356,12 @@ def _egnn_gather_bwd_kernel(
             grad_hidden_ptr, at, mask, node0_ptr, c, 1, 2 * width, width, hidden, BLOCK_C, MODE
         )
         grad += product_tile(
-            grad_hidden_ptr + hidden,
-            at,
-            mask,
-            velocity0_ptr,
-            c,
-            1,
-            width,
-            width,
-            hidden,
-            BLOCK_C,
+            grad_hidden_ptr + hidden, at, mask, velocity0_ptr, c, 1, width, width, hidden, BLOCK_C,
             MODE,
-        )
-        grad += product_tile(
-            grad_hidden_ptr + 2 * hidden,
-            at,
-            mask,
-            message0_ptr + 1,
-            c,
-            1,
-            stride_m0,
-            width,
-            hidden,
-            BLOCK_C,
-            MODE,
-        )
-        grad += product_tile(
-            grad_hidden_ptr + 3 * hidden,
-            at,
-            mask,
-            message0_ptr + 1 + width,
-            c,
-            1,
-            stride_m0,
-            width,
-            hidden,
-            BLOCK_C,
-            MODE,
-        )
+        )  # fmt: skip
+        for side in tl.static_range(2):
+            grad += product_tile(
+                grad_hidden_ptr + (2 + side) * hidden, at, mask, message0_ptr + 1 + side * width, c,
+                1, stride_m0, width, hidden, BLOCK_C, MODE,
+            )  # fmt: skip
         store_tile(grad_h_ptr, row * width, c, mask, width, grad)

@@ -17,15 +17,16 @@ from gfnode_fast.kernels.launch import ceil_div, next_power_of_2, on_device_of
 from gfnode_fast.kernels.registry import AotCase
 from gfnode_fast.kernels.row_products_launch import (
     MODES,
+    PER_MULTIPROCESSOR,
     aot_case,
     launch_row_linear,
-    launch_row_outer,
+    launch_row_outers,
     mode,
     num_programs,
     tile,
 )
 
-PER_MULTIPROCESSOR = 2  # programs with memory of their own
+CHUNK = 128  # edges of which messages wait to be summed; a multiple of BLOCK_R
 SPILLS = {
     True: "8 bytes of stack on sm_80, none elsewhere, with the least tile",
     False: "400 bytes of stack at widths that 16 does not divide, with the least tile",
@@ -42,31 +43,36 @@ def launch_egnn_layer_fwd(
     weights: Sequence[Tensor],
     norm: bool,
     silu: bool,
+    whole: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns x', h', and for backward Σ m (T*n, K) and Σ r f (T*n, 3).
 
     neighbours: the fields of `gfnode_fast.ops.topology.Neighbours`. weights: four each of the
-    message, coordinate, velocity and node MLP.
+    message, coordinate, velocity and node MLP. whole: programs own molecules, in one launch.
     """
-    order, row_start, _, col, _, _ = neighbours
-    message0, message0_bias, *rest = weights
-    rows, width = h.shape
-    hidden, num_nodes = message0.shape[0], order.shape[0]
+    row_start, row, col, _, _, block_start = neighbours
+    (rows, width), message0, depth = h.shape, weights[0], edge_fea.shape[1]
+    hidden, num_nodes = message0.shape[0], row_start.shape[0] - 1
     x_out, h_out = torch.empty_like(x), torch.empty_like(h)
     messages, shift = torch.empty_like(h), torch.empty_like(x)
     if rows == 0:
         return x_out, h_out, messages, shift
-    node_products, edge_products = _products(h, edge_fea, message0, message0_bias, precision)
-    copies, launched = rows // num_nodes, tile(mode(h, precision))
-    block_r = launched["BLOCK_R"]
-    programs = num_programs(h, ceil_div(num_nodes, block_r) * copies, PER_MULTIPROCESSOR)
-    own = h.new_empty(programs, block_r, hidden + width)
+    launched = tile(mode(h, precision))
+    block_r, copies = launched["BLOCK_R"], rows // num_nodes
+    if whole:
+        items, node_products = block_start.shape[0] - 1, h.new_empty(rows, 2 * hidden)
+    else:
+        items = ceil_div(num_nodes, block_r)
+        of_nodes = message0[:, 1 : 2 * width + 1]
+        node_products = launch_row_linear(h, of_nodes, None, 2, hidden, precision)
+    programs = num_programs(h, items * copies, PER_MULTIPROCESSOR)
+    own = h.new_empty(programs, block_r * hidden + CHUNK * (width + 3))
     with on_device_of(h):
         _egnn_layer_fwd_kernel[(programs,)](
-            x, v, h, node_products, edge_products, order, row_start, col, message0, *rest,
-            x_out, h_out, messages, shift, own, num_nodes, copies, message0.stride(0), width,
-            hidden, NORM=norm, SILU=silu, **launched,
+            x, v, h, edge_fea, row_start, row, col, block_start, *weights, x_out, h_out, messages,
+            shift, node_products, own, num_nodes, items, copies, message0.stride(0), width, hidden,
+            depth, NORM=norm, SILU=silu, WHOLE=whole, CHUNK=CHUNK, **launched,
         )  # fmt: skip
     return x_out, h_out, messages, shift
 
@@ -86,60 +92,56 @@ def launch_egnn_layer_bwd(
     silu: bool,
     precision: str,
     wants_edge_fea: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, v, h, edge_fea ((0,) unless wanted) and the 16 weights."""
-    order, row_start, _, col, source_start, source_edge = neighbours
-    message0, message0_bias, message2, message2_bias, *rest = weights
-    coordinate, velocity, node = rest[:4], rest[4:8], rest[8:]
-    (rows, width), num_nodes, num_edges = h.shape, order.shape[0], col.shape[0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, v, h, edge_fea ((0,) unless wanted), and of the 16 weights end to end."""
+    row_start, row, col, source_start, source_edge, _ = neighbours
+    message0, velocity, node = weights[0], weights[8:12], weights[12:]
+    (rows, width), num_nodes, num_edges = h.shape, row_start.shape[0] - 1, col.shape[0]
     hidden, depth, num_copies = message0.shape[0], edge_fea.shape[1], rows // max(num_nodes, 1)
     block_d = max(16, next_power_of_2(depth + 2))
     launched = tile(mode(h, precision)) | {"width": width, "hidden": hidden}
-    block_r = launched["BLOCK_R"]
+    launched["stride_m0"], block_r = message0.stride(0), launched["BLOCK_R"]
 
-    grad_hidden = h.new_empty(rows, 4 * hidden)
+    node_products, grad_hidden = h.new_empty(rows, 2 * hidden), h.new_empty(rows, 4 * hidden)
     active = h.new_empty(rows, hidden)
     grad_messages, grad_shift = torch.empty_like(h), torch.empty_like(x)
     grad_x, grad_v, grad_h = torch.empty_like(x), torch.empty_like(v), torch.empty_like(h)
     programs = num_programs(h, ceil_div(rows, block_r), PER_MULTIPROCESSOR)
     node_sums = h.new_zeros(programs, 3 * hidden + width + 1)
-    tiles = ceil_div(num_nodes, block_r)
     per_copy = max(1, num_edges * (hidden + 3) * h.element_size())
     copies = max(1, min(num_copies, EDGE_BUFFER_BYTES // per_copy))
-    edge_programs = num_programs(h, tiles * copies, PER_MULTIPROCESSOR)
+    edge_programs = num_programs(h, ceil_div(num_edges, block_r) * copies, PER_MULTIPROCESSOR)
     own = h.new_empty(edge_programs, block_r, 2 * hidden + 3 * width)
     grad_u = h.new_empty(copies * num_edges, hidden)
     grad_r = h.new_empty(copies * num_edges, 3)
     edge_sums = h.new_zeros(edge_programs, hidden * (2 * width + block_d) + width + 2 * hidden + 1)
     grad_edge = h.new_zeros(num_edges, hidden) if wants_edge_fea else None
-    node_products, edge_products = _products(h, edge_fea, message0, message0_bias, precision)
     with on_device_of(h):
         _egnn_node_bwd_kernel[(programs,)](
-            grad_x_out, grad_h_out, v, h, messages, shift, row_start, *velocity, *node[:3],
-            grad_hidden, active, grad_messages, grad_shift, grad_v, node_sums, num_nodes, rows,
-            **launched, SILU=silu,
+            grad_x_out, grad_h_out, v, h, messages, shift, row_start, message0, *velocity,
+            *node[:3], node_products, grad_hidden, active, grad_messages, grad_shift, grad_v,
+            node_sums, num_nodes, rows, **launched, SILU=silu,
         )  # fmt: skip
-        for first in range(0, max(num_copies, 1), copies):
+        for first in range(0, num_copies, copies):
             taken = min(copies, num_copies - first)
             _egnn_edge_bwd_kernel[(edge_programs,)](
-                x, node_products, edge_products, edge_fea, order, row_start, col, message0,
-                message2, message2_bias, *coordinate, grad_messages, grad_shift, grad_u, grad_r,
-                edge_sums, own, num_nodes, num_edges, first, taken, message0.stride(0),
-                **launched, depth=depth, BLOCK_D=block_d, NORM=norm, SILU=silu,
+                x, node_products, edge_fea, row, col, *weights[:8], grad_messages, grad_shift,
+                grad_u, grad_r, edge_sums, own, num_nodes, num_edges, first, taken, **launched,
+                depth=depth, BLOCK_D=block_d, NORM=norm, SILU=silu,
             )  # fmt: skip
-            if rows:
-                _egnn_gather_bwd_kernel[(tiles, taken)](
-                    grad_u, grad_r, grad_x_out, grad_hidden, grad_x, grad_h, order, row_start,
-                    source_start, source_edge, message0, velocity[0], node[0], num_nodes,
-                    num_edges, first, message0.stride(0), **launched,
-                )  # fmt: skip
+            _egnn_gather_bwd_kernel[(ceil_div(num_nodes, block_r), taken)](
+                grad_u, grad_r, grad_x_out, grad_hidden, grad_x, grad_h, row_start, source_start,
+                source_edge, message0, velocity[0], node[0], num_nodes, num_edges, first,
+                **launched,
+            )  # fmt: skip
             if grad_edge is not None:
                 grad_edge += grad_u[: taken * num_edges].view(taken, num_edges, hidden).sum(0)
 
-    of_h = launch_row_outer(grad_hidden, h, precision)
+    of_h, of_messages, grad_node2 = launch_row_outers(
+        [(grad_hidden, h), (grad_hidden[:, :hidden], messages), (grad_h_out, active)], precision
+    )
     of_node, of_velocity, of_row, of_col = of_h.split(hidden)
-    of_messages = launch_row_outer(grad_hidden[:, :hidden], messages, precision)
-    grad_node2 = launch_row_outer(grad_h_out, active, precision)
+    of_node = torch.cat((of_node, of_messages), dim=1)
     grad_node0_bias, grad_velocity0_bias, grad_velocity2, grad_node2_bias, grad_velocity2_bias = (
         node_sums.sum(0).split([hidden, hidden, hidden, width, 1])
     )
@@ -154,38 +156,24 @@ def launch_egnn_layer_bwd(
     if grad_edge is not None:
         turned = message0[:, 2 * width + 1 :].t()
         grad_fea = launch_row_linear(grad_edge, turned, None, 1, depth, precision)
-    return (
-        grad_x, grad_v, grad_h, grad_fea,
+    of_weights = (
         torch.cat((extra[:, :1], of_row, of_col, extra[:, 1 : depth + 1]), dim=1),
-        extra[:, depth + 1].clone(), grad_message2.view(width, hidden).clone(),
-        grad_message2_bias.clone(),
-        grad_coordinate0.view(hidden, width).clone(), grad_coordinate0_bias.clone(),
-        grad_coordinate2.view(1, hidden).clone(), grad_coordinate2_bias.clone(),
-        of_velocity.clone(), grad_velocity0_bias.clone(), grad_velocity2.view(1, hidden).clone(),
-        grad_velocity2_bias.clone(),
-        torch.cat((of_node, of_messages), dim=1), grad_node0_bias.clone(), grad_node2,
-        grad_node2_bias.clone(),
+        extra[:, depth + 1], grad_message2, grad_message2_bias,
+        grad_coordinate0, grad_coordinate0_bias, grad_coordinate2, grad_coordinate2_bias,
+        of_velocity, grad_velocity0_bias, grad_velocity2, grad_velocity2_bias,
+        of_node, grad_node0_bias, grad_node2, grad_node2_bias,
     )  # fmt: skip
-
-
-def _products(
-    h: Tensor, edge_fea: Tensor, weight: Tensor, bias: Tensor, precision: str
-) -> tuple[Tensor, Tensor]:
-    """[W_a h, W_b h] (T*n, 2H) and W_e e + b (E, H)."""
-    hidden, width = weight.shape[0], h.shape[1]
-    of_nodes, of_edges = weight[:, 1 : 2 * width + 1], weight[:, 2 * width + 1 :]
-    return (
-        launch_row_linear(h, of_nodes, None, 2, hidden, precision),
-        launch_row_linear(edge_fea, of_edges, bias, 1, hidden, precision),
-    )
+    flat = torch.cat([gradient.reshape(-1) for gradient in of_weights])
+    return grad_x, grad_v, grad_h, grad_fea, flat
 
 
 def aot_cases() -> list[AotCase]:
     """Widths that 16 divides, as 64 and 96, and any; the published 5 edge features."""
+    forward = {"NORM": False, "SILU": True, "CHUNK": CHUNK}
     return [
         aot_case(
             kernel,
-            name + (" any width" if not divisible else ""),
+            name + ("" if divisible else " any width"),
             precision,
             more,
             divisible_by_16=divisible,
@@ -197,7 +185,8 @@ def aot_cases() -> list[AotCase]:
         for divisible in (("width", "hidden"), ())
         if divisible or precision == "fp32"
         for kernel, name, more in (
-            (_egnn_layer_fwd_kernel, "egnn_layer_fwd", {"NORM": False, "SILU": True}),
+            (_egnn_layer_fwd_kernel, "egnn_layer_fwd", {**forward, "WHOLE": True}),
+            (_egnn_layer_fwd_kernel, "egnn_layer_fwd tiles", {**forward, "WHOLE": False}),
             (_egnn_node_bwd_kernel, "egnn_node_bwd", {"SILU": True}),
             (
                 _egnn_edge_bwd_kernel,

@@ -103,6 +103,16 @@ def product_tile(
 
 
 @triton.jit
+def linear_tile(
+    a_ptr, at, mask_r, w_ptr, stride_n, bias_ptr, n, num_n, num_k, BLOCK_C: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """`product_tile` of W with dense rows, and the bias."""
+    z = product_tile(a_ptr, at, mask_r, w_ptr, n, stride_n, 1, num_n, num_k, BLOCK_C, MODE)
+    return z + load_columns(bias_ptr, n, num_n)
+
+
+@triton.jit
 def add_outer(
     sums_ptr,
     g_ptr,

@@ -56,6 +56,7 @@ def _row_outer_kernel(
     rows_per_share,
     stride_gr,
     stride_ar,
+    stride_share,
     num_n,
     num_k,
     BLOCK_N: tl.constexpr,
@@ -77,5 +78,5 @@ def _row_outer_kernel(
         g = tl.load(g_ptr + r[None, :] * stride_gr + n[:, None], mask=mask_g, other=0.0)
         a = tl.load(a_ptr + r[:, None] * stride_ar + k[None, :], mask=mask_a, other=0.0)
         acc += dot(g, a, MODE)
-    to = partial_ptr + (share * num_n + n[:, None]) * num_k + k[None, :]
+    to = partial_ptr + share * stride_share + n[:, None] * num_k + k[None, :]
     tl.store(to, acc, mask=(n < num_n)[:, None] & (k < num_k)[None, :])

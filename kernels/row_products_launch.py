@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ BLOCK_R = 64  # rows of a single product, which is all that its kernel holds
 BLOCK_C = 32  # divides 64 and 96
 OUTER_BLOCK = 64
 OUTER_BLOCK_R = 32  # 64 spills
+PER_MULTIPROCESSOR = 2  # programs with memory of their own
 INTERPRETED_PROGRAMS = 2
-INDICES = ("order", "row_start", "row", "col", "source_start", "source_edge")
+INDICES = ("row_start", "row", "col", "source_start", "source_edge", "block_start")
 MODES = {"fp32": "tf32x3", "tf32": "tf32", "bf16": "bf16", "fp64": "ieee"}
 SPILLS = {"fp64": "for checking only"}
 
@@ -72,21 +73,24 @@ def launch_row_linear(
     return out
 
 
-def launch_row_outer(g: Tensor, a: Tensor, precision: str) -> Tensor:
-    """gᵀ a of (R, N) and (R, K), rows of any stride: (N, K)."""
-    rows, num_n, num_k = g.shape[0], g.shape[1], a.shape[1]
-    tiles = ceil_div(num_n, OUTER_BLOCK), ceil_div(num_k, OUTER_BLOCK)
-    shares = num_programs(a, ceil_div(rows, 4 * BLOCK_R))
+def launch_row_outers(pairs: Sequence[tuple[Tensor, Tensor]], precision: str) -> list[Tensor]:
+    """gᵀ a of each pair of (R, N) and (R, K), rows of any stride: (N, K), in one memory."""
+    rows, like = pairs[0][0].shape[0], pairs[0][1]
+    shares = num_programs(like, ceil_div(rows, 4 * BLOCK_R))
     share = BLOCK_R * ceil_div(ceil_div(rows, BLOCK_R), shares)
-    partial = a.new_empty(shares, num_n, num_k)
-    options = tile(mode(a, precision)) | {"BLOCK_R": OUTER_BLOCK_R}
+    sizes = [g.shape[1] * a.shape[1] for g, a in pairs]
+    partial = like.new_empty(shares, sum(sizes))
+    options = tile(mode(like, precision)) | {"BLOCK_R": OUTER_BLOCK_R}
     del options["BLOCK_C"]
-    with on_device_of(a):
-        _row_outer_kernel[(shares, *tiles)](
-            g, a, partial, rows, share, g.stride(0), a.stride(0), num_n, num_k,
-            BLOCK_N=OUTER_BLOCK, BLOCK_K=OUTER_BLOCK, **options,
-        )  # fmt: skip
-    return partial.sum(0)
+    with on_device_of(like):
+        for (g, a), own in zip(pairs, partial.split(sizes, dim=1), strict=True):
+            num_n, num_k = g.shape[1], a.shape[1]
+            _row_outer_kernel[(shares, ceil_div(num_n, OUTER_BLOCK), ceil_div(num_k, OUTER_BLOCK))](
+                g, a, own, rows, share, g.stride(0), a.stride(0), partial.stride(0), num_n, num_k,
+                BLOCK_N=OUTER_BLOCK, BLOCK_K=OUTER_BLOCK, **options,
+            )  # fmt: skip
+    sums = partial.sum(0).split(sizes)
+    return [own.view(g.shape[1], a.shape[1]) for own, (g, a) in zip(sums, pairs, strict=True)]
 
 
 def aot_case(

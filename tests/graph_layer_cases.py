@@ -91,11 +91,17 @@ def published(layer: nn.Module, given: dict[str, Tensor], num_nodes: int, edges:
 
 
 def ours(
-    layer: nn.Module, given: dict[str, Tensor], num_nodes: int, edges: Edges, **options: Any
+    layer: nn.Module,
+    given: dict[str, Tensor],
+    num_nodes: int,
+    edges: Edges,
+    *,
+    max_nodes: int | None = None,
+    **options: Any,
 ) -> Tensor:
     state = (given["x"], given["v"], given["h"])
     options = {"recompute": False} | options
-    built = topology(*edges, num_nodes)
+    built = topology(*edges, num_nodes, max_nodes=max_nodes)
     return torch.cat(apply_layer(layer, state, built, given["edge_fea"], **options), dim=-1)
 
 

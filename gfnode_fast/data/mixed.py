@@ -160,6 +160,7 @@ class MixedDataset:
             row=row,
             col=col,
             row_start=torch.nn.functional.pad(row_start, (0, 1), value=num_edges),
+            max_nodes=int(num_atoms.max()),
         )
         entry_owner, entry = _spread(entry_counts, num_entries)
         kinds = torch.arange(len(self.counts), device=self.device)

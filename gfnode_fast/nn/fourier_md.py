@@ -193,7 +193,8 @@ class FourierMD(reference.FourierMD):
             return super()._encode(x, v, h, row, col, edge_fea)
         with torch.autocast(x.device.type, enabled=False):
             state = (x, v, self.embedding(h.to(self.embedding.weight.dtype)))
-        edges = topology(row, col, len(x)) if edges is None else edges
+        if edges is None:
+            edges = topology(row, col, len(x), max_nodes=self.num_atoms)
         return self._run_layers(self.encode_layers, backend, state, edges, edge_fea, 1)
 
     def _decode(
@@ -210,7 +211,8 @@ class FourierMD(reference.FourierMD):
         backend = self._layer_backend(DECODER, x.device)
         if backend == "reference":
             return super()._decode(x, v, h, row, col, edge_fea, num_copies)
-        edges = topology(row, col, len(x) // num_copies) if edges is None else edges
+        if edges is None:
+            edges = topology(row, col, len(x) // num_copies, max_nodes=self.num_atoms)
         state = (x, v, h)
         return self._run_layers(self.decode_layers, backend, state, edges, edge_fea, num_copies)
 

@@ -104,7 +104,7 @@ def egnn_layer(
 
     kernels = _kernels("egnn_layer", backend, precision, h, activation)
 
-    if isinstance(kernels, on_triton.TritonKernels):
+    if kernels is None:
         _check_same_hidden(weights)
         fea = edge_fea.index_select(0, edges.order)
         return on_triton.egnn((x, v, h), fea, edges, weights, activation, norm, precision)
@@ -208,6 +208,10 @@ def _mean_layer(
 
     kernels = _kernels(op, backend, precision, state[2], activation)
 
+    if kernels is None:
+        fea = edge_fea.index_select(0, edges.order)
+        return on_triton.mean(state, fea, edges, weights, activation, node_inputs == 2, precision)
+
     def layer(state: State, sorted_fea: Tensor) -> State:
         return split_mean(state, sorted_fea, edges, weights, activation, node_inputs == 2, kernels)
 
@@ -216,7 +220,8 @@ def _mean_layer(
 
 def _kernels(
     op: str, backend: str, precision: str, h: Tensor, activation: nn.Module
-) -> LayerKernels | on_triton.TritonKernels:
+) -> LayerKernels | None:
+    """None: Triton, whose layers are operators of their own."""
     if backend not in BACKENDS:
         raise ValueError(
             f"{op}: `backend` must be one of {', '.join(BACKENDS)}, got {backend!r}; choose one of "
@@ -229,7 +234,7 @@ def _kernels(
         )
     if backend == "triton":
         _check_triton(op, precision, h, activation)
-        return on_triton.TritonKernels(precision)
+        return None
     if precision != "fp32":
         raise ValueError(
             f"{op}: `precision` must be 'fp32' with backend={backend!r}, got {precision!r}; "

@@ -67,8 +67,8 @@ class PerEdgeWeights(NamedTuple):
     displacement_bias: Tensor  # (1,)
 
 
-class MeanKernels(Protocol):
-    """What GraphSAGE and GCN need: sums over neighbours, products and MLPs on nodes."""
+class LayerKernels(Protocol):
+    """The costly parts: sums over neighbours, products and MLPs on nodes, EGNN's edges."""
 
     width_multiple: int
     """H, W and C are padded with zeros to a multiple of this."""
@@ -81,10 +81,6 @@ class MeanKernels(Protocol):
 
     def mlp(self, parts: Sequence[Tensor], weights: MLPWeights, activation: Activation) -> Tensor:
         """One or two parts (T, n, ...) side by side → (T, n, out)."""
-
-
-class LayerKernels(MeanKernels, Protocol):
-    """What EGNN needs besides: everything per edge, from summands to sums over neighbours."""
 
     def egnn(
         self,
@@ -185,7 +181,7 @@ def split_mean(
     weights: MeanWeights,
     activation: Activation,
     concatenate_self: bool,
-    kernels: MeanKernels,
+    kernels: LayerKernels,
 ) -> State:
     """A GraphSAGE (`concatenate_self`) or GCN layer; oracles in `gfnode_fast.reference.layers`."""
     c = torch.cat(state, dim=-1)
@@ -202,7 +198,7 @@ def split_mean(
 
 
 def _summands(
-    h: Tensor, edge_fea: Tensor, weight: Tensor, bias: Tensor, kernels: MeanKernels
+    h: Tensor, edge_fea: Tensor, weight: Tensor, bias: Tensor, kernels: LayerKernels
 ) -> tuple[Tensor, Tensor]:
     """[W_a h, W_b h] (T, n, 2H) and W_e e + bias (E, H) for W = [W_a, W_b, W_e]."""
     width = h.shape[-1]

@@ -1,8 +1,8 @@
-"""The graph layers in Triton: EGNN as one operator, GraphSAGE and GCN through `MeanKernels`.
+"""The graph layers in Triton, each one operator: EGNN, and GraphSAGE and GCN as `mean_layer`.
 
-Registered as `gfnode_fast::triton_egnn_layer`, `triton_edge_sum` and `triton_row_linear`, each with
-its `_bwd`. Formulas, ownership and cost: kernels/egnn_layer.py, edge_sum.py, row_products.py. Once
-differentiable; a second derivative is refused.
+Registered as `gfnode_fast::triton_egnn_layer` and `triton_mean_layer`, each with its `_bwd`.
+Formulas, ownership and cost: kernels/egnn_layer.py, mean_layer.py. Once differentiable; a second
+derivative is refused.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from gfnode_fast.ops.graph_layers_torch import Activation, EGNNWeights, MLPWeights, State
+from gfnode_fast.ops.graph_layers_torch import Activation, EGNNWeights, MeanWeights, State
 from gfnode_fast.ops.topology import Topology
 
 ACTIVATIONS: dict[type[nn.Module], bool] = {nn.SiLU: True, nn.Tanh: False}
 """Whether it is SiLU."""
+WHOLE_NODES = 64  # molecules up to this are a program's own; larger ones are more programs' work
 
 
 def egnn(
@@ -30,46 +31,34 @@ def egnn(
     precision: str,
 ) -> State:
     """An EGNN layer on state (T*n, ...), edge features sorted like the edges."""
-    x, v, h = (part.contiguous() for part in state)
-    flat = [weight.contiguous() for mlp in weights for weight in mlp]
-    neighbours = list(edges.neighbours)
-    x, h, _, _ = torch.ops.gfnode_fast.triton_egnn_layer(
-        x, v, h, edge_fea.contiguous(), neighbours, flat, norm, _is_silu(activation), precision
-    )
+    given = _given(state, edge_fea, edges, weights)
+    form = _is_silu(activation), is_whole(edges), precision
+    x, h, _, _ = torch.ops.gfnode_fast.triton_egnn_layer(*given, norm, *form)
     return x, state[1], h
 
 
-class TritonKernels:
-    """`MeanKernels` in Triton; EGNN is an operator of its own."""
+def mean(
+    state: State,
+    edge_fea: Tensor,
+    edges: Topology,
+    weights: MeanWeights,
+    activation: Activation,
+    concatenate_self: bool,
+    precision: str,
+) -> State:
+    """A GraphSAGE (`concatenate_self`) or GCN layer, as `egnn`."""
+    given = _given(state, edge_fea, edges, weights)
+    form = _is_silu(activation), is_whole(edges), precision
+    x, v, h, _, _ = torch.ops.gfnode_fast.triton_mean_layer(*given, concatenate_self, *form)
+    return x, v, h
 
-    width_multiple = 1
 
-    def __init__(self, precision: str) -> None:
-        self.precision = precision
-
-    def sum(self, node: Tensor, edge: Tensor, edges: Topology, activation: Activation) -> Tensor:
-        total: Tensor = torch.ops.gfnode_fast.triton_edge_sum(
-            node.flatten(0, 1).contiguous(),
-            edge.contiguous(),
-            list(edges.neighbours),
-            _is_silu(activation),
-            self.precision,
-        )
-        return total.view(*node.shape[:2], edge.shape[1])
-
-    def linear(self, h: Tensor, weight: Tensor) -> Tensor:
-        return self._linear(h, weight, None)
-
-    def mlp(self, parts: Sequence[Tensor], weights: MLPWeights, activation: Activation) -> Tensor:
-        z = self._linear(torch.cat(tuple(parts), dim=-1), weights.weight0, weights.bias0)
-        return self._linear(activation(z), weights.weight2, weights.bias2)
-
-    def _linear(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = torch.ops.gfnode_fast.triton_row_linear(
-            h.flatten(0, -2).contiguous(), weight.contiguous(), self.precision
-        )
-        shaped: Tensor = out.view(*h.shape[:-1], weight.shape[0])
-        return shaped if bias is None else shaped + bias
+def _given(
+    state: State, edge_fea: Tensor, edges: Topology, weights: EGNNWeights | MeanWeights
+) -> tuple[Tensor | list[Tensor], ...]:
+    flat = [weight.contiguous() for mlp in weights for weight in mlp]
+    tensors = (part.contiguous() for part in (*state, edge_fea))
+    return *tensors, list(edges.neighbours), flat
 
 
 def _is_silu(activation: Activation) -> bool:
@@ -77,76 +66,55 @@ def _is_silu(activation: Activation) -> bool:
     return ACTIVATIONS[type(activation)]
 
 
+def is_whole(edges: Topology) -> bool:
+    """Whether programs of the forward kernels own molecules, rather than tiles of nodes."""
+    return edges.max_nodes is not None and edges.max_nodes <= WHOLE_NODES
+
+
+_LAYER = (
+    "(Tensor x, Tensor v, Tensor h, Tensor edge_fea, Tensor[] neighbours, Tensor[] weights, "
+    "bool {}, bool silu, bool whole, str precision) -> ({})"
+)
+_BACKWARD = (
+    "({}, Tensor[] neighbours, Tensor[] weights, bool {}, bool silu, str precision, "
+    "bool wants_edge_fea) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_EGNN_BACKWARD = _BACKWARD.format(
+    "Tensor grad_x, Tensor grad_h, Tensor x, Tensor v, Tensor h, Tensor edge_fea, "
+    "Tensor messages, Tensor shift",
+    "norm",
+)
+_MEAN_BACKWARD = _BACKWARD.format(
+    "Tensor grad_x, Tensor grad_v, Tensor grad_h, Tensor edge_fea, Tensor state, Tensor means",
+    "concat",
+)
+
+
 @torch.library.custom_op(
     "gfnode_fast::triton_egnn_layer",
     mutates_args=(),
-    schema="(Tensor x, Tensor v, Tensor h, Tensor edge_fea, Tensor[] neighbours, Tensor[] weights, "
-    "bool norm, bool silu, str precision) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=_LAYER.format("norm", "Tensor, Tensor, Tensor, Tensor"),
 )
-def triton_egnn_layer(
-    x: Tensor,
-    v: Tensor,
-    h: Tensor,
-    edge_fea: Tensor,
-    neighbours: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    norm: bool,
-    silu: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def triton_egnn_layer(*given: Any) -> tuple[Tensor, ...]:
     """x', h', and for backward Σ m and Σ r f."""
     from gfnode_fast.kernels.egnn_layer_launch import launch_egnn_layer_fwd
 
-    return launch_egnn_layer_fwd(x, v, h, edge_fea, neighbours, weights, norm, silu, precision)
+    return launch_egnn_layer_fwd(*given)
 
 
 @triton_egnn_layer.register_fake
-def _(
-    x: Tensor,
-    v: Tensor,
-    h: Tensor,
-    edge_fea: Tensor,
-    neighbours: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    norm: bool,
-    silu: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), h.new_empty(h.shape), h.new_empty(h.shape), x.new_empty(x.shape)
+def _(x: Tensor, v: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(part.new_empty(part.shape) for part in (x, h, h, x))
 
 
 @torch.library.custom_op(
-    "gfnode_fast::triton_egnn_layer_bwd",
-    mutates_args=(),
-    schema="(Tensor grad_x, Tensor grad_h, Tensor x, Tensor v, Tensor h, Tensor edge_fea, "
-    "Tensor messages, Tensor shift, Tensor[] neighbours, Tensor[] weights, bool norm, bool silu, "
-    "str precision, bool wants_edge_fea) -> Tensor[]",
+    "gfnode_fast::triton_egnn_layer_bwd", mutates_args=(), schema=_EGNN_BACKWARD
 )
-def triton_egnn_layer_bwd(
-    grad_x: Tensor,
-    grad_h: Tensor,
-    x: Tensor,
-    v: Tensor,
-    h: Tensor,
-    edge_fea: Tensor,
-    messages: Tensor,
-    shift: Tensor,
-    neighbours: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    norm: bool,
-    silu: bool,
-    precision: str,
-    wants_edge_fea: bool,
-) -> list[Tensor]:
-    """Gradients of x, v, h, edge_fea ((0,) unless wanted) and the 16 weights."""
+def triton_egnn_layer_bwd(*given: Any) -> tuple[Tensor, ...]:
+    """Gradients of x, v, h, edge_fea ((0,) unless wanted), and of the weights end to end."""
     from gfnode_fast.kernels.egnn_layer_launch import launch_egnn_layer_bwd
 
-    return list(
-        launch_egnn_layer_bwd(
-            grad_x, grad_h, x, v, h, edge_fea, messages, shift, neighbours, weights, norm, silu,
-            precision, wants_edge_fea,
-        )
-    )  # fmt: skip
+    return launch_egnn_layer_bwd(*given)
 
 
 @triton_egnn_layer_bwd.register_fake
@@ -161,156 +129,117 @@ def _(
     shift: Tensor,
     neighbours: Sequence[Tensor],
     weights: Sequence[Tensor],
-    norm: bool,
-    silu: bool,
-    precision: str,
-    wants_edge_fea: bool,
-) -> list[Tensor]:
-    fea = edge_fea if wants_edge_fea else edge_fea.new_empty(0)
-    return [tensor.new_empty(tensor.shape) for tensor in (x, v, h, fea, *weights)]
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    return _empty_gradients((x, v, h), edge_fea, weights, options[-1])
+
+
+@torch.library.custom_op(
+    "gfnode_fast::triton_mean_layer",
+    mutates_args=(),
+    schema=_LAYER.format("concat", "Tensor, Tensor, Tensor, Tensor, Tensor"),
+)
+def triton_mean_layer(*given: Any) -> tuple[Tensor, ...]:
+    """x', v', h', and for backward c and the means of act(u)."""
+    from gfnode_fast.kernels.mean_layer_launch import launch_mean_layer_fwd
+
+    return launch_mean_layer_fwd(*given)
+
+
+@triton_mean_layer.register_fake
+def _(
+    x: Tensor,
+    v: Tensor,
+    h: Tensor,
+    edge_fea: Tensor,
+    neighbours: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    outputs = (part.new_empty(part.shape) for part in (x, v, h))
+    widths = weights[2].shape
+    return *outputs, *(h.new_empty(h.shape[0], width) for width in widths)
+
+
+@torch.library.custom_op(
+    "gfnode_fast::triton_mean_layer_bwd", mutates_args=(), schema=_MEAN_BACKWARD
+)
+def triton_mean_layer_bwd(*given: Any) -> tuple[Tensor, ...]:
+    """As `triton_egnn_layer_bwd`."""
+    from gfnode_fast.kernels.mean_layer_launch import launch_mean_layer_bwd
+
+    return launch_mean_layer_bwd(*given)
+
+
+@triton_mean_layer_bwd.register_fake
+def _(
+    grad_x: Tensor,
+    grad_v: Tensor,
+    grad_h: Tensor,
+    edge_fea: Tensor,
+    state: Tensor,
+    means: Tensor,
+    neighbours: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    return _empty_gradients((grad_x, grad_v, grad_h), edge_fea, weights, options[-1])
+
+
+def _empty_gradients(
+    state: State, edge_fea: Tensor, weights: Sequence[Tensor], wants_edge_fea: bool
+) -> tuple[Tensor, ...]:
+    fea = edge_fea.new_empty(edge_fea.shape if wants_edge_fea else 0)
+    flat = edge_fea.new_empty(sum(weight.numel() for weight in weights))
+    return *(part.new_empty(part.shape) for part in state), fea, flat
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
+    """What both layers keep; `saved`: the node states of this one."""
+    *_, edge_fea, neighbours, weights, ctx.flag, ctx.silu, _, ctx.precision = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*saved, *neighbours, *weights)
+    ctx.num_saved, ctx.num_neighbours = len(saved), len(neighbours)
+    ctx.wants_edge_fea = edge_fea.requires_grad
 
 
 def _save_egnn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, v, h, edge_fea, neighbours, weights, ctx.norm, ctx.silu, ctx.precision = inputs
-    _, _, messages, shift = output
-    ctx.mark_non_differentiable(messages, shift)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, v, h, edge_fea, messages, shift, *neighbours, *weights)
-    ctx.num_neighbours, ctx.wants_edge_fea = len(neighbours), edge_fea.requires_grad
+    ctx.mark_non_differentiable(*output[2:])
+    _save(ctx, inputs, (*inputs[:4], *output[2:]))
+
+
+def _save_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[3:])
+    _save(ctx, inputs, (inputs[3], *output[3:]))
+
+
+def _pull(backward: Any, ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    lists = ctx.saved_tensors[ctx.num_saved :]
+    neighbours, weights = lists[: ctx.num_neighbours], lists[ctx.num_neighbours :]
+    *of_state, fea, flat = backward(
+        *grads, *ctx.saved_tensors[: ctx.num_saved], neighbours, weights, ctx.flag, ctx.silu,
+        ctx.precision, ctx.wants_edge_fea,
+    )  # fmt: skip
+    parts = flat.split([weight.numel() for weight in weights])
+    of_weights = [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
+    of_fea = fea if ctx.wants_edge_fea else None
+    return (*of_state, of_fea, [None] * len(neighbours), of_weights, None, None, None, None)
+
+
+def _dense(grad: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_zeros(like.shape) if grad is None else grad.contiguous()
 
 
 def _pull_egnn(ctx: Any, grad_x: Tensor | None, grad_h: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    x, v, h, edge_fea, messages, shift, *lists = ctx.saved_tensors
-    neighbours, weights = lists[: ctx.num_neighbours], lists[ctx.num_neighbours :]
-    grad_x = torch.zeros_like(x) if grad_x is None else grad_x.contiguous()
-    grad_h = torch.zeros_like(h) if grad_h is None else grad_h.contiguous()
-    found = triton_egnn_layer_bwd(
-        grad_x, grad_h, x, v, h, edge_fea, messages, shift, neighbours, weights, ctx.norm, ctx.silu,
-        ctx.precision, ctx.wants_edge_fea,
-    )  # fmt: skip
-    fea = found[3] if ctx.wants_edge_fea else None
-    return (*found[:3], fea, [None] * len(neighbours), list(found[4:]), None, None, None)
+    x, _v, h = ctx.saved_tensors[:3]
+    return _pull(triton_egnn_layer_bwd, ctx, [_dense(grad_x, x), _dense(grad_h, h)])
 
 
-triton_egnn_layer.register_autograd(_pull_egnn, setup_context=_save_egnn)
-
-
-@torch.library.custom_op(
-    "gfnode_fast::triton_edge_sum",
-    mutates_args=(),
-    schema="(Tensor node, Tensor edge, Tensor[] neighbours, bool silu, str precision) -> Tensor",
-)
-def triton_edge_sum(
-    node: Tensor, edge: Tensor, neighbours: Sequence[Tensor], silu: bool, precision: str
-) -> Tensor:
-    """node (T*n, 2H), edge (E, H) → (T*n, H)."""
-    from gfnode_fast.kernels.edge_sum_launch import launch_edge_sum_fwd
-
-    return launch_edge_sum_fwd(node, edge, neighbours, silu, precision)
-
-
-@triton_edge_sum.register_fake
-def _(
-    node: Tensor, edge: Tensor, neighbours: Sequence[Tensor], silu: bool, precision: str
-) -> Tensor:
-    return node.new_empty(node.shape[0], edge.shape[1])
-
-
-@torch.library.custom_op(
-    "gfnode_fast::triton_edge_sum_bwd",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor node, Tensor edge, Tensor[] neighbours, bool silu, "
-    "str precision) -> (Tensor, Tensor)",
-)
-def triton_edge_sum_bwd(
-    grad: Tensor,
-    node: Tensor,
-    edge: Tensor,
-    neighbours: Sequence[Tensor],
-    silu: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of node and edge."""
-    from gfnode_fast.kernels.edge_sum_launch import launch_edge_sum_bwd
-
-    return launch_edge_sum_bwd(grad, node, edge, neighbours, silu, precision)
-
-
-@triton_edge_sum_bwd.register_fake
-def _(
-    grad: Tensor,
-    node: Tensor,
-    edge: Tensor,
-    neighbours: Sequence[Tensor],
-    silu: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    return node.new_empty(node.shape), edge.new_empty(edge.shape)
-
-
-def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    node, edge, neighbours, ctx.silu, ctx.precision = inputs
-    ctx.save_for_backward(node, edge, *neighbours)
-
-
-def _pull_sum(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    node, edge, *neighbours = ctx.saved_tensors
-    grads = triton_edge_sum_bwd(grad.contiguous(), node, edge, neighbours, ctx.silu, ctx.precision)
-    return (*grads, [None] * len(neighbours), None, None)
-
-
-triton_edge_sum.register_autograd(_pull_sum, setup_context=_save_sum)
-
-
-@torch.library.custom_op(
-    "gfnode_fast::triton_row_linear",
-    mutates_args=(),
-    schema="(Tensor a, Tensor weight, str precision) -> Tensor",
-)
-def triton_row_linear(a: Tensor, weight: Tensor, precision: str) -> Tensor:
-    """a (R, K), weight (N, K) → (R, N)."""
-    from gfnode_fast.kernels.row_products_launch import launch_row_linear
-
-    return launch_row_linear(a, weight, None, 1, weight.shape[0], precision)
-
-
-@triton_row_linear.register_fake
-def _(a: Tensor, weight: Tensor, precision: str) -> Tensor:
-    return a.new_empty(a.shape[0], weight.shape[0])
-
-
-@torch.library.custom_op(
-    "gfnode_fast::triton_row_linear_bwd",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor a, Tensor weight, str precision) -> (Tensor, Tensor)",
-)
-def triton_row_linear_bwd(
-    grad: Tensor, a: Tensor, weight: Tensor, precision: str
-) -> tuple[Tensor, Tensor]:
-    """Gradients of a and weight."""
-    from gfnode_fast.kernels.row_products_launch import launch_row_linear, launch_row_outer
-
-    return (
-        launch_row_linear(grad, weight.t(), None, 1, weight.shape[1], precision),
-        launch_row_outer(grad, a, precision),
-    )
-
-
-@triton_row_linear_bwd.register_fake
-def _(grad: Tensor, a: Tensor, weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    return a.new_empty(a.shape), weight.new_empty(weight.shape)
-
-
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, weight, ctx.precision = inputs
-    ctx.save_for_backward(a, weight)
-
-
-def _pull_linear(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (*triton_row_linear_bwd(grad.contiguous(), *ctx.saved_tensors, ctx.precision), None)
-
-
-triton_row_linear.register_autograd(_pull_linear, setup_context=_save_linear)
+def _pull_mean(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    state = ctx.saved_tensors[1]
+    like = state[:, :3], state[:, :3], state[:, 6:]
+    dense = [_dense(grad, part) for grad, part in zip(grads[:3], like, strict=True)]
+    return _pull(triton_mean_layer_bwd, ctx, dense)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
@@ -320,5 +249,7 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
     )
 
 
-for _backward in (triton_egnn_layer_bwd, triton_edge_sum_bwd, triton_row_linear_bwd):
+triton_egnn_layer.register_autograd(_pull_egnn, setup_context=_save_egnn)
+triton_mean_layer.register_autograd(_pull_mean, setup_context=_save_mean)
+for _backward in (triton_egnn_layer_bwd, triton_mean_layer_bwd):
     _backward.register_autograd(_no_second_derivative)

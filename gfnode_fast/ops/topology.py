@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 MAX_CACHED = 8  # training, validation and last-batch sizes of a run or two
-WINDOW = 512  # nodes put in order together, so that neighbours stay near each other in caches
+BLOCK_NODES = 16  # the rows of one tile of the kernels: molecules that begin in them go together
 
 
 class Neighbours(NamedTuple):
     """The edges of a `Topology` as kernels on a GPU walk them."""
 
-    order: Tensor
-    """(n,) nodes, those with as many edges beside each other within each window."""
     row_start: Tensor
     row: Tensor
     col: Tensor
@@ -26,6 +24,9 @@ class Neighbours(NamedTuple):
     """(n + 1,) first of the edges that leave a node, in `source_edge`."""
     source_edge: Tensor
     """(E,) sorted edges by the node that they leave."""
+    block_start: Tensor
+    """(ceil(n / BLOCK_NODES) + 1,) first node of each block: nodes that follow each other, and
+    that no edge joins with others; those that begin in the same BLOCK_NODES. May be empty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,8 @@ class Topology:
             the caller's order, so sums over neighbours have one defined order.
         row, col: (E,) int64, sorted by row.
         row_start: (n + 1,) int64, first sorted edge of each row.
+        max_nodes: most nodes of a molecule, if the caller knows it. Kernels choose by it; a wrong
+            one costs time alone.
     """
 
     num_nodes: int
@@ -45,6 +48,7 @@ class Topology:
     row: Tensor
     col: Tensor
     row_start: Tensor
+    max_nodes: int | None = None
 
     @property
     def num_edges(self) -> int:
@@ -70,28 +74,40 @@ class Topology:
 
 def _build_neighbours(edges: Topology) -> Neighbours:
     nodes = torch.arange(edges.num_nodes + 1, device=edges.row.device)
-    key = nodes[:-1] // WINDOW * (edges.num_edges + 1) + edges.row_start.diff()
     source, edge = torch.sort(edges.col, stable=True)
     return Neighbours(
-        torch.argsort(key, stable=True),
         edges.row_start,
         edges.row,
         edges.col,
         torch.searchsorted(source, nodes),
         edge,
+        _block_start(edges, nodes),
     )
 
 
-_cache: OrderedDict[tuple[int, int], tuple[Tensor, Tensor, Topology]] = OrderedDict()
+def _block_start(edges: Topology, nodes: Tensor) -> Tensor:
+    """Found on the device, whatever the molecules: an end is a node that no edge crosses."""
+    ends = torch.stack((edges.row, edges.col))
+    one = torch.ones_like(edges.row)
+    change = torch.zeros(edges.num_nodes + 2, dtype=torch.int64, device=nodes.device)
+    change = change.index_add(0, ends.amin(0) + 1, one).index_add(0, ends.amax(0) + 1, -one)
+    closed = torch.where(change.cumsum(0)[:-1] == 0, nodes, edges.num_nodes)
+    following = closed.flip(0).cummin(0).values.flip(0)
+    return torch.cat((following[:-1:BLOCK_NODES], nodes[-1:]))
+
+
+_cache: OrderedDict[tuple[int, int, int | None], tuple[Tensor, Tensor, Topology]] = OrderedDict()
 _lock = threading.Lock()
 
 
-def topology(row: Tensor, col: Tensor, num_nodes: int) -> Topology:
+def topology(row: Tensor, col: Tensor, num_nodes: int, *, max_nodes: int | None = None) -> Topology:
     """Sort the edges of a graph by row, or find them sorted already.
 
     Args:
         row, col: (E,) int64 or int32, any order, duplicates allowed.
         num_nodes: n; nodes without edges are allowed.
+        max_nodes: most nodes of one molecule of the batch, if known: the Triton kernels take
+            whole molecules where they are small. Nothing but time depends on it.
 
     Returns:
         The topology, on the device of `row`.
@@ -107,8 +123,8 @@ def topology(row: Tensor, col: Tensor, num_nodes: int) -> Topology:
     """
     _check(row, col, num_nodes)
     if row.device.type != "cpu" or torch.compiler.is_compiling():
-        return _build(row, col, num_nodes)
-    key = (num_nodes, row.shape[0])
+        return _build(row, col, num_nodes, max_nodes)
+    key = (num_nodes, row.shape[0], max_nodes)
     found = _cache.get(key)
     if found is not None and torch.equal(found[0], row) and torch.equal(found[1], col):
         with _lock:
@@ -118,7 +134,7 @@ def topology(row: Tensor, col: Tensor, num_nodes: int) -> Topology:
     _check_range("row", row, num_nodes)
     _check_range("col", col, num_nodes)
     with torch.inference_mode(False):  # kept, and then used in training
-        built = _build(row, col, num_nodes)
+        built = _build(row, col, num_nodes, max_nodes)
         kept = (row.clone(), col.clone(), built)
     with _lock:
         _cache[key] = kept
@@ -127,10 +143,11 @@ def topology(row: Tensor, col: Tensor, num_nodes: int) -> Topology:
     return built
 
 
-def _build(row: Tensor, col: Tensor, num_nodes: int) -> Topology:
+def _build(row: Tensor, col: Tensor, num_nodes: int, max_nodes: int | None) -> Topology:
     row, order = torch.sort(row.long(), stable=True)
     nodes = torch.arange(num_nodes + 1, device=row.device)
-    return Topology(num_nodes, order, row, col.long()[order], torch.searchsorted(row, nodes))
+    row_start = torch.searchsorted(row, nodes)
+    return Topology(num_nodes, order, row, col.long()[order], row_start, max_nodes)
 
 
 def _check(row: Tensor, col: Tensor, num_nodes: int) -> None:

@@ -390,7 +390,7 @@ def test_a_topology_built_for_inference_serves_training() -> None:
         topology(*ends, 5).neighbours  # noqa: B018 - it is kept
     built = topology(*ends, 5)
     weight = torch.zeros(5, 1, requires_grad=True)
-    for index in (built.row, built.col, built.neighbours.order):
+    for index in (built.row, built.col, built.neighbours.source_edge):
         weight.index_select(0, index).sum().backward()
 
 

@@ -1,0 +1,260 @@
+"""Backward of GraphSAGE and GCN in two steps; formulas, ownership and cost: `mean_layer`."""
+
+import triton
+import triton.language as tl
+
+from gfnode_fast.kernels.feature_tiles import (
+    activate_with_slope,
+    add_column_sums,
+    dot,
+    load_tile,
+    product_tile,
+    store_tile,
+)
+from gfnode_fast.kernels.graph_tiles import (
+    edges_of_nodes,
+    feature_columns,
+    split_products,
+    summand_tile,
+)
+from gfnode_fast.kernels.mean_layer import load_state, mean_message, node_hidden, store_state
+
+
+@triton.jit
+def _mean_node_bwd_kernel(
+    grad_x_ptr,
+    grad_v_ptr,
+    grad_h_ptr,
+    state_ptr,
+    means_ptr,
+    row_start_ptr,
+    edge0_ptr,
+    edge2_ptr,
+    edge2_bias_ptr,
+    node0_ptr,
+    node0_bias_ptr,
+    node2_ptr,
+    node_products_ptr,
+    grad_state_ptr,
+    message_ptr,
+    active_ptr,
+    grad_message_ptr,
+    grad_hidden_ptr,
+    grad_sum_ptr,
+    sums_ptr,
+    num_nodes,
+    num_rows,
+    stride_e0,
+    width,
+    hidden,
+    hidden_n,
+    SILU: tl.constexpr,
+    CONCAT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """Writes P and Q, M, the node MLP's active layer; the gradients of c' side by side, of M, of
+    Σ act(u), and columns 2H ... of `grad_hidden` (rows, 2H + H_n), of the node MLP.
+
+    sums: a row per program, of the gradients of b_node0 (H_n), b_node2, b_2 (width); 0 on entry.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    sums_ptr += program * (hidden_n + 2 * width)
+    stride_g = 2 * hidden + hidden_n
+    for tile in range(program, tl.cdiv(num_rows, BLOCK_R), tl.num_programs(0)):
+        row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask = row < num_rows
+        _first, degree = edges_of_nodes(row_start_ptr, row % num_nodes, mask)
+        split_products(
+            state_ptr, node_products_ptr, edge0_ptr, stride_e0, row, mask, width, hidden, BLOCK_C,
+            MODE,
+        )  # fmt: skip
+        for start in range(0, width, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            grad = load_state(grad_x_ptr, grad_v_ptr, grad_h_ptr, row, c, mask, width)
+            store_tile(grad_state_ptr, row * width, c, mask, width, grad)
+            add_column_sums(sums_ptr + hidden_n, c, width, grad)
+            message = mean_message(
+                means_ptr, row, mask, degree, edge2_ptr, edge2_bias_ptr, c, width, hidden, BLOCK_C,
+                MODE,
+            )  # fmt: skip
+            store_tile(message_ptr, row * width, c, mask, width, message)
+        tl.debug_barrier()
+        for start in range(0, hidden_n, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            z = node_hidden(
+                state_ptr, row, mask, message_ptr, row * width, mask, node0_ptr, node0_bias_ptr, c,
+                width, hidden_n, CONCAT, BLOCK_C, MODE,
+            )  # fmt: skip
+            active, slope = activate_with_slope(z, SILU, MODE)
+            store_tile(active_ptr, row * hidden_n, c, mask, hidden_n, active)
+            grad = product_tile(
+                grad_state_ptr, row * width, mask, node2_ptr, c, 1, hidden_n, hidden_n, width,
+                BLOCK_C, MODE,
+            )  # fmt: skip
+            grad *= slope
+            store_tile(grad_hidden_ptr + 2 * hidden, row * stride_g, c, mask, hidden_n, grad)
+            add_column_sums(sums_ptr, c, hidden_n, grad)
+        tl.debug_barrier()
+        for start in range(0, width, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            grad = product_tile(
+                grad_hidden_ptr + 2 * hidden, row * stride_g, mask, node0_ptr + CONCAT * width, c,
+                1, (1 + CONCAT) * width, width, hidden_n, BLOCK_C, MODE,
+            )  # fmt: skip
+            store_tile(grad_message_ptr, row * width, c, mask, width, grad)
+            counted = tl.where((degree > 0)[:, None], grad, 0.0)
+            add_column_sums(sums_ptr + hidden_n + width, c, width, counted)
+        tl.debug_barrier()
+        count = tl.maximum(degree, 1).to(grad_x_ptr.dtype.element_ty)
+        for start in range(0, hidden, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            grad = product_tile(
+                grad_message_ptr, row * width, mask, edge2_ptr, c, 1, hidden, hidden, width,
+                BLOCK_C, MODE,
+            )  # fmt: skip
+            store_tile(grad_sum_ptr, row * hidden, c, mask, hidden, grad / count[:, None])
+
+
+@triton.jit
+def _mean_edge_bwd_kernel(
+    grad_state_ptr,
+    grad_sum_ptr,
+    node_products_ptr,
+    edge_fea_ptr,
+    row_start_ptr,
+    row_ptr,
+    col_ptr,
+    source_start_ptr,
+    source_edge_ptr,
+    edge0_ptr,
+    edge0_bias_ptr,
+    node0_ptr,
+    grad_hidden_ptr,
+    grad_x_ptr,
+    grad_v_ptr,
+    grad_h_ptr,
+    sums_ptr,
+    num_nodes,
+    num_copies,
+    stride_e0,
+    width,
+    hidden,
+    hidden_n,
+    depth,
+    BLOCK_D: tl.constexpr,
+    SILU: tl.constexpr,
+    CONCAT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """Writes columns 0 ... 2H of `grad_hidden`, of P and Q, and the gradients of x, v and h.
+
+    sums: a row per program, to which are added the gradients by [0, e, 1] (H, BLOCK_D).
+    """
+    program = tl.program_id(0).to(tl.int64)
+    sums_ptr += program * hidden * BLOCK_D
+    stride_g = 2 * hidden + hidden_n
+    d_index = tl.arange(0, BLOCK_D)
+    acc = grad_x_ptr.dtype.element_ty
+    tiles = tl.cdiv(num_nodes, BLOCK_R)
+    for item in range(program, tiles * num_copies, tl.num_programs(0)):
+        node = (item % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask = node < num_nodes
+        base = (item // tiles) * num_nodes
+        row = base + node
+        first, degree = edges_of_nodes(row_start_ptr, node, mask)
+        first_out, degree_out = edges_of_nodes(source_start_ptr, node, mask)
+        for start in range(0, hidden, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            grad_sum = load_tile(grad_sum_ptr, row * hidden, c, mask, hidden)
+            total = tl.zeros((BLOCK_R, BLOCK_C), acc)
+            extra = tl.zeros((BLOCK_C, BLOCK_D), acc)
+            for k in range(0, tl.max(degree, axis=0)):
+                live = k < degree
+                edge = first + k
+                source = base + tl.load(col_ptr + edge, mask=live, other=0)
+                u = summand_tile(
+                    node_products_ptr, edge_fea_ptr, edge0_ptr + 2 * width, stride_e0,
+                    edge0_bias_ptr, row, source, edge, live, c, hidden, depth,
+                )  # fmt: skip
+                _a, slope = activate_with_slope(u, SILU, MODE)
+                grad = tl.where(live[:, None], grad_sum * slope, 0.0)
+                total += grad
+                features = feature_columns(edge_fea_ptr, edge, live, d_index, depth)
+                extra += dot(tl.trans(grad), features, MODE)
+            store_tile(grad_hidden_ptr, row * stride_g, c, mask, hidden, total)
+            to = sums_ptr + c[:, None] * BLOCK_D + d_index[None, :]
+            inside = (c < hidden)[:, None] & (d_index >= 0)[None, :]
+            tl.store(to, tl.load(to, mask=inside, other=0.0) + extra, mask=inside)
+            total = tl.zeros((BLOCK_R, BLOCK_C), acc)
+            for k in range(0, tl.max(degree_out, axis=0)):
+                live = k < degree_out
+                edge = tl.load(source_edge_ptr + first_out + k, mask=live, other=0)
+                target = base + tl.load(row_ptr + edge, mask=live, other=0)
+                u = summand_tile(
+                    node_products_ptr, edge_fea_ptr, edge0_ptr + 2 * width, stride_e0,
+                    edge0_bias_ptr, target, row, edge, live, c, hidden, depth,
+                )  # fmt: skip
+                _a, slope = activate_with_slope(u, SILU, MODE)
+                grad = load_tile(grad_sum_ptr, target * hidden, c, live, hidden)
+                total += tl.where(live[:, None], grad * slope, 0.0)
+            store_tile(grad_hidden_ptr + hidden, row * stride_g, c, mask, hidden, total)
+        tl.debug_barrier()
+        for start in range(0, width, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            grad = load_tile(grad_state_ptr, row * width, c, mask, width)
+            for side in tl.static_range(2):
+                grad += product_tile(
+                    grad_hidden_ptr + side * hidden, row * stride_g, mask, edge0_ptr + side * width,
+                    c, 1, stride_e0, width, hidden, BLOCK_C, MODE,
+                )  # fmt: skip
+            if CONCAT:
+                grad += product_tile(
+                    grad_hidden_ptr + 2 * hidden, row * stride_g, mask, node0_ptr, c, 1, 2 * width,
+                    width, hidden_n, BLOCK_C, MODE,
+                )  # fmt: skip
+            store_state(grad_x_ptr, grad_v_ptr, grad_h_ptr, row, c, mask, width, grad)
+
+
+@triton.jit
+def _mean_summand_bwd_kernel(
+    grad_sum_ptr,
+    node_products_ptr,
+    edge_fea_ptr,
+    row_ptr,
+    col_ptr,
+    edge0_ptr,
+    edge0_bias_ptr,
+    grad_edge_ptr,
+    num_nodes,
+    num_edges,
+    num_copies,
+    stride_e0,
+    width,
+    hidden,
+    depth,
+    SILU: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """The gradient of W_e e + b, summed over copies (E, H)."""
+    edge = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = edge < num_edges
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    target = tl.load(row_ptr + edge, mask=mask, other=0)
+    source = tl.load(col_ptr + edge, mask=mask, other=0)
+    total = tl.zeros((BLOCK_R, BLOCK_C), grad_edge_ptr.dtype.element_ty)
+    for _ in range(0, num_copies):
+        u = summand_tile(
+            node_products_ptr, edge_fea_ptr, edge0_ptr + 2 * width, stride_e0, edge0_bias_ptr,
+            target, source, edge, mask, c, hidden, depth,
+        )  # fmt: skip
+        _a, slope = activate_with_slope(u, SILU, MODE)
+        total += load_tile(grad_sum_ptr, target * hidden, c, mask, hidden) * slope
+        target += num_nodes
+        source += num_nodes
+    store_tile(grad_edge_ptr, edge * hidden, c, mask, hidden, total)

@@ -1,0 +1,180 @@
+"""Launchers of GraphSAGE and GCN: state of T copies (T*n, ...), edges of one copy sorted by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gfnode_fast.kernels.launch import ceil_div, next_power_of_2, on_device_of
+from gfnode_fast.kernels.mean_layer import _mean_layer_fwd_kernel
+from gfnode_fast.kernels.mean_layer_bwd import (
+    _mean_edge_bwd_kernel,
+    _mean_node_bwd_kernel,
+    _mean_summand_bwd_kernel,
+)
+from gfnode_fast.kernels.registry import AotCase
+from gfnode_fast.kernels.row_products_launch import (
+    MODES,
+    PER_MULTIPROCESSOR,
+    aot_case,
+    launch_row_linear,
+    launch_row_outers,
+    mode,
+    num_programs,
+    tile,
+)
+
+
+def _launched(
+    state: Tensor, edge_fea: Tensor, weights: Sequence[Tensor], concat: bool, precision: str
+) -> dict[str, Any]:
+    """What all kernels take, less what only some do."""
+    edge0, node0 = weights[0], weights[4]
+    return tile(mode(state, precision)) | {
+        "stride_e0": edge0.stride(0),
+        "width": weights[2].shape[0],
+        "hidden": edge0.shape[0],
+        "hidden_n": node0.shape[0],
+        "depth": edge_fea.shape[1],
+        "CONCAT": int(concat),
+    }
+
+
+def launch_mean_layer_fwd(
+    x: Tensor,
+    v: Tensor,
+    h: Tensor,
+    edge_fea: Tensor,
+    neighbours: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    concat: bool,
+    silu: bool,
+    whole: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns x', v', h', and for backward c (T*n, C) and the means of act(u) (T*n, H).
+
+    neighbours: the fields of `gfnode_fast.ops.topology.Neighbours`. weights: four each of the edge
+    and the node MLP. concat: GraphSAGE. whole: programs own molecules, in one launch.
+    """
+    row_start, _, col, _, _, block_start = neighbours
+    launched = _launched(h, edge_fea, weights, concat, precision)
+    width, hidden = launched["width"], launched["hidden"]
+    (rows, _), num_nodes, edge0 = h.shape, row_start.shape[0] - 1, weights[0]
+    out = torch.empty_like(x), torch.empty_like(v), torch.empty_like(h)
+    state, means = h.new_empty(rows, width), h.new_empty(rows, hidden)
+    if rows == 0:
+        return *out, state, means
+    if whole:
+        items, node_products = block_start.shape[0] - 1, h.new_empty(rows, 2 * hidden)
+    else:
+        items = ceil_div(num_nodes, launched["BLOCK_R"])
+        state = torch.cat((x, v, h), dim=1)
+        node_products = launch_row_linear(state, edge0, None, 2, hidden, precision)
+    copies = rows // num_nodes
+    programs = num_programs(h, items * copies, PER_MULTIPROCESSOR)
+    own = h.new_empty(programs, launched["BLOCK_R"], width + launched["hidden_n"])
+    with on_device_of(h):
+        _mean_layer_fwd_kernel[(programs,)](
+            x, v, h, edge_fea, row_start, col, block_start, *weights, *out, state, means,
+            node_products, own, num_nodes, items, copies, **launched, SILU=silu, WHOLE=whole,
+        )  # fmt: skip
+    return *out, state, means
+
+
+def launch_mean_layer_bwd(
+    grad_x_out: Tensor,
+    grad_v_out: Tensor,
+    grad_h_out: Tensor,
+    edge_fea: Tensor,
+    state: Tensor,
+    means: Tensor,
+    neighbours: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    concat: bool,
+    silu: bool,
+    precision: str,
+    wants_edge_fea: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, v, h, edge_fea ((0,) unless wanted), and of the 8 weights end to end."""
+    row_start, row, col, source_start, source_edge, _ = neighbours
+    edge0, edge0_bias, edge2, edge2_bias, node0, node0_bias, node2, _ = weights
+    rows, num_nodes, num_edges = state.shape[0], row_start.shape[0] - 1, col.shape[0]
+    node = _launched(state, edge_fea, weights, concat, precision) | {"SILU": silu}
+    width, hidden, hidden_n, depth = (node[k] for k in ("width", "hidden", "hidden_n", "depth"))
+    edge = node | {"BLOCK_D": max(16, next_power_of_2(depth + 2))}
+    del node["depth"]
+    copies, block_r, block_d = rows // max(num_nodes, 1), node["BLOCK_R"], edge["BLOCK_D"]
+
+    node_products, grad_sum = state.new_empty(rows, 2 * hidden), torch.empty_like(means)
+    grad_state, message, grad_message = (torch.empty_like(state) for _ in range(3))
+    active, grad_hidden = (state.new_empty(rows, n) for n in (hidden_n, 2 * hidden + hidden_n))
+    grad_x, grad_v = torch.empty_like(grad_x_out), torch.empty_like(grad_v_out)
+    grad_h = torch.empty_like(grad_h_out)
+    programs = num_programs(state, ceil_div(rows, block_r), PER_MULTIPROCESSOR)
+    node_sums = state.new_zeros(programs, hidden_n + 2 * width)
+    tiles = ceil_div(num_nodes, block_r) * copies
+    edge_programs = num_programs(state, tiles, PER_MULTIPROCESSOR)
+    edge_sums = state.new_zeros(edge_programs, hidden * block_d)
+    grad_fea = state.new_empty(0)
+    with on_device_of(state):
+        _mean_node_bwd_kernel[(programs,)](
+            grad_x_out, grad_v_out, grad_h_out, state, means, row_start, edge0, edge2, edge2_bias,
+            node0, node0_bias, node2, node_products, grad_state, message, active, grad_message,
+            grad_hidden, grad_sum, node_sums, num_nodes, rows, **node,
+        )  # fmt: skip
+        _mean_edge_bwd_kernel[(edge_programs,)](
+            grad_state, grad_sum, node_products, edge_fea, row_start, row, col, source_start,
+            source_edge, edge0, edge0_bias, node0, grad_hidden, grad_x, grad_v, grad_h, edge_sums,
+            num_nodes, copies, **edge,
+        )  # fmt: skip
+        if wants_edge_fea:
+            for name in ("CONCAT", "BLOCK_D", "hidden_n"):
+                del edge[name]
+            grad_edge = state.new_empty(num_edges, hidden)
+            grid = ceil_div(num_edges, block_r), ceil_div(hidden, edge["BLOCK_C"])
+            if num_edges:
+                _mean_summand_bwd_kernel[grid](
+                    grad_sum, node_products, edge_fea, row, col, edge0, edge0_bias, grad_edge,
+                    num_nodes, num_edges, copies, **edge,
+                )  # fmt: skip
+            turned = edge0[:, 2 * width :].t()
+            grad_fea = launch_row_linear(grad_edge, turned, None, 1, depth, precision)
+
+    grad_node = grad_hidden[:, 2 * hidden :]
+    of_state, of_message, grad_node2, grad_edge2 = launch_row_outers(
+        [(grad_hidden, state), (grad_node, message), (grad_state, active), (grad_message, means)],
+        precision,
+    )
+    of_row, of_col, of_node = of_state.split([hidden, hidden, hidden_n])
+    extra = edge_sums.sum(0).view(hidden, block_d)
+    grad_node0_bias, grad_node2_bias, grad_edge2_bias = node_sums.sum(0).split(
+        [hidden_n, width, width]
+    )
+    of_weights = (
+        torch.cat((of_row, of_col, extra[:, 1 : depth + 1]), dim=1), extra[:, depth + 1],
+        grad_edge2, grad_edge2_bias,
+        torch.cat((of_node, of_message), dim=1) if concat else of_message, grad_node0_bias,
+        grad_node2, grad_node2_bias,
+    )  # fmt: skip
+    flat = torch.cat([gradient.reshape(-1) for gradient in of_weights])
+    return grad_x, grad_v, grad_h, grad_fea, flat
+
+
+def aot_cases() -> list[AotCase]:
+    """The widths of GraphSAGE and GCN, 70 and 102, divide nothing; GCN takes less of the same."""
+    whole = {"SILU": True, "CONCAT": 1}
+    return [
+        aot_case(kernel, name, precision, more, ())
+        for precision in MODES
+        for kernel, name, more in (
+            (_mean_layer_fwd_kernel, "mean_layer_fwd", {**whole, "WHOLE": True}),
+            (_mean_layer_fwd_kernel, "mean_layer_fwd tiles", {**whole, "WHOLE": False}),
+            (_mean_node_bwd_kernel, "mean_node_bwd", whole),
+            (_mean_edge_bwd_kernel, "mean_edge_bwd", {**whole, "BLOCK_D": 16}),
+            (_mean_summand_bwd_kernel, "mean_summand_bwd", {"SILU": True}),
+        )
+    ]
