@@ -40,6 +40,7 @@ OURS = {
     "ours eager loop": {},
     "ours stages": {},
     "ours triton": {"backend": "triton"},
+    "ours triton tiles": {"backend": "triton"},
     "ours exact triton": {"backend": "triton", "solver_mode": "exact"},
 }
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-15
@@ -202,7 +203,9 @@ def _graph_layer(contender: str, row: Row, model: nn.Module, batch: Batch) -> Pi
     layer = model.decode_layers[0]  # C1 on the CPU has compiled it
     leaves = _signals(row, batch, model.hidden_nf + model.time_emb_dim, inputs.NUM_TIMES)
     if contender in OURS:
-        edges = topology(*batch.edge_index, batch.x.shape[0])
+        # Without the size, a program owns tiles of nodes: the other form of the forward kernels.
+        size = None if contender == "ours triton tiles" else model.num_atoms
+        edges = topology(*batch.edge_index, batch.x.shape[0], max_nodes=size)
         state = (leaves["x"], leaves["v"], leaves["h"])
         choice = {"backend": model.backend, "precision": model.precision, "recompute": False}
         return lambda: apply_layer(layer, state, edges, batch.edge_fea, **choice), leaves

@@ -101,6 +101,8 @@ def contenders(row: Row, device: str = "cpu") -> tuple[str, ...]:
         triton = ("ours triton",)
         if row.model == "egnn" and row.op in ("model", "propagation"):
             triton = ("ours triton", "ours exact triton")
+        if row.op == "graph_layer":
+            triton = ("ours triton", "ours triton tiles")
     return _everywhere(row) + triton
 
 
@@ -226,7 +228,8 @@ def gpu_matrix_rows() -> list[Row]:
         for model in MODELS
         for precision in ("fp32", "tf32")
     ]
-    return [*sizes, *layers, Row("solve", "backward", 4096), *regular, *others]
+    forms = [Row("graph_layer", "forward", batch) for batch in (50, 4096)]
+    return [*sizes, *layers, *forms, Row("solve", "backward", 4096), *regular, *others]
 
 
 SETS = {

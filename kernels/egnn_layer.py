@@ -80,13 +80,13 @@ def hidden_summand(
     node_products_ptr, edge_fea_ptr, message0_ptr, stride_m0, message0_bias_ptr, target, source,
     edge, q, live, c, width, hidden, depth,
 ):  # fmt: skip
-    """u of the columns c, and the weights w of q."""
+    """u of the columns c."""
     u = summand_tile(
         node_products_ptr, edge_fea_ptr, message0_ptr + 1 + 2 * width, stride_m0, message0_bias_ptr,
         target, source, edge, live, c, hidden, depth,
     )  # fmt: skip
-    weight = tl.load(message0_ptr + c * stride_m0, mask=c < hidden, other=0.0)[None, :]
-    return u + q[:, None] * weight, weight
+    weight = tl.load(message0_ptr + c * stride_m0, mask=c < hidden, other=0.0)
+    return u + q[:, None] * weight[None, :]
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def _egnn_layer_fwd_kernel(
                     r, q, _ = distance(x_i, load_point(x_ptr, source, live), NORM)
                     for column in range(0, hidden, BLOCK_C):
                         c = column + tl.arange(0, BLOCK_C)
-                        u, _w = hidden_summand(
+                        u = hidden_summand(
                             node_products_ptr, edge_fea_ptr, message0_ptr, stride_m0,
                             message0_bias_ptr, target, source, edge, q, live, c, width, hidden,
                             depth,

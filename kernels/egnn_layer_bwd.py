@@ -5,7 +5,6 @@ import triton.language as tl
 
 from gfnode_fast.kernels.egnn_layer import MAX_DISPLACEMENT, distance, hidden_summand
 from gfnode_fast.kernels.feature_tiles import (
-    activate,
     activate_with_slope,
     add_column_sums,
     add_outer,
@@ -171,14 +170,15 @@ def _egnn_edge_bwd_kernel(
 
     sums: a row per program, to which are added the gradients of W_2 (K, H), W_c (H, K), those by
     [q, e, 1] (H, BLOCK_D), b_2 (K), b_c and c (H each) and d.
-    own: (programs, BLOCK_R, 2H + 3K), what lies between products.
+    own: (programs, BLOCK_R, 3H + 3K), what lies between products.
     """
     program = tl.program_id(0).to(tl.int64)
     sums_ptr += program * (2 * hidden * width + hidden * BLOCK_D + width + 2 * hidden + 1)
     extra_ptr = sums_ptr + 2 * hidden * width
     bias_ptr = extra_ptr + hidden * BLOCK_D
-    hidden_ptr = own_ptr + program * BLOCK_R * (2 * hidden + 3 * width)
-    grad_hidden_c_ptr = hidden_ptr + BLOCK_R * hidden
+    hidden_ptr = own_ptr + program * BLOCK_R * 3 * (hidden + width)
+    slope_u_ptr = hidden_ptr + BLOCK_R * hidden
+    grad_hidden_c_ptr = slope_u_ptr + BLOCK_R * hidden
     message_ptr = grad_hidden_c_ptr + BLOCK_R * hidden
     slope_ptr = message_ptr + BLOCK_R * width
     grad_y_ptr = slope_ptr + BLOCK_R * width
@@ -196,14 +196,16 @@ def _egnn_edge_bwd_kernel(
         target = base + tl.load(row_ptr + edge, mask=live, other=0)
         source = base + tl.load(col_ptr + edge, mask=live, other=0)
         x_i = load_point(x_ptr, target, live)
-        r, q, slope_q = distance(x_i, load_point(x_ptr, source, live), NORM)
+        r, q, _ = distance(x_i, load_point(x_ptr, source, live), NORM)
         for start in range(0, hidden, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
-            u, _w = hidden_summand(
+            u = hidden_summand(
                 node_products_ptr, edge_fea_ptr, message0_ptr, stride_m0, message0_bias_ptr, target,
                 source, edge, q, live, c, width, hidden, depth,
             )  # fmt: skip
-            store_tile(hidden_ptr, r_index * hidden, c, every, hidden, activate(u, SILU, MODE))
+            active, slope = activate_with_slope(u, SILU, MODE)
+            store_tile(hidden_ptr, r_index * hidden, c, every, hidden, active)
+            store_tile(slope_u_ptr, r_index * hidden, c, every, hidden, slope)
         tl.debug_barrier()
         for start in range(0, width, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
@@ -256,22 +258,20 @@ def _egnn_edge_bwd_kernel(
         grad_q = tl.zeros((BLOCK_R,), offset.dtype)
         for start in range(0, hidden, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
-            u, weight = hidden_summand(
-                node_products_ptr, edge_fea_ptr, message0_ptr, stride_m0, message0_bias_ptr, target,
-                source, edge, q, live, c, width, hidden, depth,
-            )  # fmt: skip
-            _a, slope = activate_with_slope(u, SILU, MODE)
             grad = product_tile(
                 grad_y_ptr, r_index * width, every, message2_ptr, c, 1, hidden, hidden, width,
                 BLOCK_C, MODE,
             )  # fmt: skip
-            grad *= slope
+            grad *= load_tile(slope_u_ptr, r_index * hidden, c, every, hidden)
             store_tile(grad_u_ptr, at * hidden, c, live, hidden, grad)
-            grad_q += tl.sum(grad * weight, axis=1)
+            weight = tl.load(message0_ptr + c * stride_m0, mask=c < hidden, other=0.0)
+            grad_q += tl.sum(grad * weight[None, :], axis=1)
         tl.debug_barrier()
         # taken again rather than held: registers are short
+        target = base + tl.load(row_ptr + edge, mask=live, other=0)
+        source = base + tl.load(col_ptr + edge, mask=live, other=0)
         x_i = load_point(x_ptr, target, live)
-        r, _q, slope_q = distance(x_i, load_point(x_ptr, source, live), NORM)
+        r, q, slope_q = distance(x_i, load_point(x_ptr, source, live), NORM)
         grad_shift = load_point(grad_shift_ptr, target, live)
         grad_q *= 2.0 * slope_q
         for axis in tl.static_range(3):
