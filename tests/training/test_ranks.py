@@ -91,9 +91,9 @@ _FAILING = """
 import os, sys
 if os.environ["RANK"] == "1":
     from gfnode_fast.training import step
-    def broken(self, outputs, target):
+    def broken(self, index, where):
         raise RuntimeError("broken: `rank` must hold, got a failure; mend it")
-    step.BatchStep._loss = broken
+    step.BatchStep._gradients = broken
 from gfnode_fast.cli.main import main
 sys.exit(main())
 """
