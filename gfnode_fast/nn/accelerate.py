@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gfnode_fast.nn.arguments import arguments_of
 from gfnode_fast.nn.backends import BackendReport
 from gfnode_fast.nn.fourier_md import FourierMD
+from gfnode_fast.nn.hooks import refuse_hooks
 from gfnode_fast.solvers.mode import SolverMode
 from gfnode_fast.solvers.stats import SolveStats
 
@@ -53,6 +54,10 @@ class AcceleratedForward:
             for parent in model.modules()
             for name, child in parent.named_children()
         ]
+        self.tables = [
+            (path, module, tuple(module._modules), tuple(module._parameters))
+            for path, module in model.named_modules()
+        ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         for parent, name, child in self.modules:
@@ -61,6 +66,8 @@ class AcceleratedForward:
                     f"accelerate: `model.{name}` must be the module that was accelerated, got "
                     "another; call restore(model), then accelerate(model) again"
                 )
+        if not torch.compiler.is_compiling():
+            self._check_submodules()
         for name, fixed in self.fixed.items():
             value = getattr(self.model, name, None)
             if value is not fixed and value != fixed:
@@ -76,6 +83,19 @@ class AcceleratedForward:
             self.fast.train(self.model.training)
         outputs: tuple[Tensor, Tensor, Tensor, Tensor] = self.fast(*args, **kwargs)
         return outputs
+
+    def _check_submodules(self) -> None:
+        for name, child in self.model.named_children():
+            refuse_hooks("accelerate", child, f"model.{name}", "remove it, or call restore(model)")
+        for path, module, children, parameters in self.tables:
+            if tuple(module._modules) != children or tuple(module._parameters) != parameters:
+                where = f"model.{path}" if path else "model"
+                found = sorted({*module._modules, *module._parameters})
+                raise RuntimeError(
+                    f"accelerate: `{where}` must hold {sorted({*children, *parameters})}, as when "
+                    f"it was accelerated, got {found}; call restore(model), then accelerate(model) "
+                    "again"
+                )
 
     def backend_report(self) -> BackendReport:
         """What runs in each part, and why."""
@@ -118,12 +138,14 @@ def accelerate(
         TypeError: not a module, or one of ours that is fast already.
         ValueError: accelerated already; names what is missing of the published attributes and
             state_dict; arguments that `FourierMD` refuses.
-        RuntimeError: a backend that is not there; in `forward`, a submodule replaced, or one of
-            those attributes changed, since.
+        RuntimeError: a backend that is not there; in `forward`, a submodule or parameter replaced,
+            added or taken away, or one of those attributes changed, since; a hook on a submodule,
+            such as pruning leaves behind, which would not run.
 
     Notes:
-        Hooks on the model run, hooks on its submodules do not. num_atoms, num_timesteps and
-        delta_frame are read at every call and may change, the rest may not.
+        Hooks on the model run. num_atoms, num_timesteps and delta_frame are read at every call and
+        may change. Other attributes of the model may not, which is noticed, nor those of its
+        submodules, which is not. Graphs of torch.compile do not look for hooks.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

@@ -25,6 +25,7 @@ from gfnode_fast.nn.backends import (
     requested_backend,
 )
 from gfnode_fast.nn.graph_layers import apply_layer, layers_kept
+from gfnode_fast.nn.hooks import refuse_hooks
 from gfnode_fast.ops.edge_differences import edge_differences
 from gfnode_fast.ops.graph_layers_torch import State
 from gfnode_fast.ops.propagate import check_mode_of, propagate
@@ -84,8 +85,9 @@ class FourierMD(reference.FourierMD):
         linears autocast casts, unless `precision` says another one; transforms and the solve keep
         the model's precision.
 
-        Hooks on submodules are sure to run with backend="reference" alone; those on the model
-        always do.
+        Hooks on the model, its embedding and the VAE's linears run. Layers and propagators are
+        called as modules with backend="reference" alone: elsewhere a hook on one of theirs, such as
+        pruning leaves behind, is refused by name in `forward`. Graphs of torch.compile do not look.
 
         With Triton solves on a GPU nothing waits for the device: a solve that fails, or times that
         are not positive, give NaN and raise at a later step or when `last_solve` is read.
@@ -97,7 +99,7 @@ class FourierMD(reference.FourierMD):
     Raises:
         TypeError, ValueError: an argument with which the published model crashes, or that
             conflicts with the others; the message names it.
-        RuntimeError: a backend that is not there.
+        RuntimeError: a backend that is not there; in `forward`, a hook that would not run.
     """
 
     def __init__(
@@ -238,6 +240,7 @@ class FourierMD(reference.FourierMD):
         edge_fea: Tensor,
         num_copies: int,
     ) -> State:
+        self._refuse_hooks("encode_layers" if layers is self.encode_layers else "decode_layers")
         dtype = self.embedding.weight.dtype
         x, v, h, edge_fea = (tensor.to(dtype) for tensor in (*state, edge_fea))
         state = (x, v, h)
@@ -254,6 +257,11 @@ class FourierMD(reference.FourierMD):
                     precision=self.precision,
                 )
         return state
+
+    def _refuse_hooks(self, part: str) -> None:
+        if not torch.compiler.is_compiling():
+            remedy = "remove it, or use backend='reference', which calls every module"
+            refuse_hooks(type(self).__name__, getattr(self, part), part, remedy)
 
     def _first_kept(self, layers: nn.ModuleList, num_edges: int, backend: str) -> int:
         """The first of the layers whose edge intermediates are kept for backward."""
@@ -285,12 +293,14 @@ class FourierMD(reference.FourierMD):
     ) -> Tensor:
         is_features = propagator is self.freq_conv
         backend = self._parts()[FEATURES if is_features else COORDINATES].backend
-        stats = self.last_solve["freq_conv" if is_features else "freq_conv_x"]
+        part = "freq_conv" if is_features else "freq_conv_x"
+        stats = self.last_solve[part]
         if not torch.compiler.is_compiling():  # a number that changes would be a new graph
             stats.reset()
         is_opaque = torch.compiler.is_compiling() and backend in ("torch", "reference")
         if backend == "reference" and not is_opaque:
             return super()._propagated(propagator, signal, s, eigvecs, beside)
+        self._refuse_hooks(part)
         with torch.autocast(signal.device.type, enabled=False):
             signal = signal.to(self.embedding.weight.dtype)
             if is_opaque:

@@ -149,7 +149,9 @@ class GFNODE(FourierMD):
         beside: Tensor | None = None,
     ) -> Tensor:
         is_features = propagator is self.freq_conv
-        stats = self.last_solve["freq_conv" if is_features else "freq_conv_x"]
+        part = "freq_conv" if is_features else "freq_conv_x"
+        self._refuse_hooks(part)
+        stats = self.last_solve[part]
         stats.reset()
         with torch.autocast(signal.device.type, enabled=False):
             return propagate(

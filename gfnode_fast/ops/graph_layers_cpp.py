@@ -149,12 +149,14 @@ def _egnn_backward(
     x, node, _, _, _, _, w2, *_ = saved = ctx.saved_tensors
     if grad_sum is None:
         grad_sum = x.new_zeros(*node.shape[:2], w2.shape[0])
+    has_shift = grad_shift is not None
     if grad_shift is None:
         grad_shift = torch.zeros_like(x)
     grads = torch.ops.gfnode_fast.egnn_edges_backward(
         grad_sum.contiguous(), grad_shift.contiguous(), *saved, ctx.activation, ctx.norm
     )
-    return (*grads[:3], None, None, *grads[3:], None, None, None)
+    of_coordinates = grads[6:] if has_shift else (None,) * 4
+    return (*grads[:3], None, None, *grads[3:6], *of_coordinates, None, None, None)
 
 
 def _sum_fake(node: Tensor, edge: Tensor, row: Tensor, col: Tensor, activation: int) -> Tensor:
