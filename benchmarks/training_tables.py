@@ -114,9 +114,30 @@ def reliability_table(result: dict[str, Any]) -> str:
     )
 
 
+def mixed_table(result: dict[str, Any]) -> str:
+    """Time and memory of a step on two molecules, from a result of mixed.py."""
+    lines = [
+        "Forward and backward of a batch of which half is aspirin (13 atoms), half ethanol (3):",
+        "",
+        "| | mixed | apart | padded | against apart | padded | memory: mixed | apart | padded |",
+        "|" + " --- |" * 9,
+    ]
+    for entry in result["batches"]:
+        found, faster = entry["contenders"].values(), entry["faster"]
+        cells = [
+            f"B = {entry['batch']}",
+            *(seconds(one["median_s"]) for one in found),
+            *(factor(faster[name]) for name in ("apart", "padded")),
+            *(size(one["peak_bytes"]) for one in found),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "equivalence": equivalence_table,
     "end_to_end": end_to_end_table,
     "large_systems": large_systems_table,
+    "mixed": mixed_table,
     "reliability": reliability_table,
 }

@@ -15,6 +15,7 @@ from benchmarks import (
     equivalence,
     gpu_acceptance,
     large_systems,
+    mixed,
     report,
     training_part,
 )
@@ -28,12 +29,13 @@ from benchmarks.training_tables import (
     end_to_end_table,
     equivalence_table,
     large_systems_table,
+    mixed_table,
 )
 from gfnode_fast import FourierMD, reference
 from gfnode_fast.data import WindowDataset, build_graph, draw_windows, load_sample
 from gfnode_fast.data.graph import bonded_pairs
 from gfnode_fast.ops import graph_layers_torch
-from gfnode_fast.training import TrainEvent
+from gfnode_fast.training import ModelConfig, TrainEvent
 
 CPU = torch.device("cpu")
 TINY_MODEL = training_part.TINY_MODEL
@@ -201,3 +203,11 @@ def test_the_part_on_a_gpu_runs_dry(tmp_path: Path) -> None:
         assert piece in text
     assert gpu_acceptance.main([*options, "--minutes", "0"]) == 0
     assert "skipped equivalence: no time" in (tmp_path / "training.md").read_text()
+
+
+def test_two_molecules_in_a_batch_apart_and_padded() -> None:
+    found = mixed.measure((4,), CPU, ModelConfig(**dict(TINY_MODEL)), rounds=1, seconds_each=0.0)
+    (entry,) = found["batches"]
+    assert list(entry["contenders"]) == ["mixed", "apart", "padded"]
+    assert max(entry["losses"].values()) == pytest.approx(min(entry["losses"].values()), rel=1e-4)
+    assert mixed_table(found).count("B = 4") == 1
