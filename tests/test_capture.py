@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gfnode_fast
 from foreign_model import ForeignMD
@@ -208,6 +209,23 @@ class TestStaticOptimizer:
         scheduler.step()
         static.gather()
         assert rate.item() == pytest.approx(0.005)
+
+    def test_an_assigned_number_is_not_copied_from_the_host(self) -> None:
+        class Copies(TorchDispatchMode):
+            seen: ClassVar[list[str]] = []
+
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                self.seen.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        _, optimizer, static = self.made()
+        optimizer.param_groups[0]["lr"] = 0.01
+        with Copies():
+            static.gather()
+        assert [name for name in Copies.seen if "fill_" in name]
+        assert not [name for name in Copies.seen if "copy" in name]
 
     def test_loaded_state_is_written_into_the_tensors(self) -> None:
         model, optimizer, static = self.made()

@@ -78,7 +78,10 @@ class StaticOptimizer:
                 if value != fixed[name]:
                     raise _changed("optimizer", f"of {name} {fixed[name]}", repr(value))
             if group["lr"] is not rate:
-                rate.copy_(torch.as_tensor(group["lr"]))
+                if isinstance(group["lr"], Tensor):
+                    rate.copy_(group["lr"])
+                else:
+                    rate.fill_(group["lr"])  # a launch; a copy from the host would wait for the GPU
                 group["lr"] = rate
         for p, static in zip(self.parameters, self.state, strict=True):
             current = self.optimizer.state[p]
