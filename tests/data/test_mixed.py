@@ -124,6 +124,24 @@ def test_nothing_is_read_from_the_device(parts):
     assert grad.shape == (1, *modes.shape)
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_not_waited_for(parts):
+    index = torch.tensor([15, 3, 9, 0])
+    expected = MixedDataset(parts).batch(index)
+    dataset = MixedDataset([dataset.to("cuda") for dataset in parts])
+    dataset.batch(index)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = dataset.batch(index)
+        loss = batch.loss(batch.target + 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name in ("x", "h", "v", "edge_fea", "eigvecs", "target", "ptr"):
+        torch.testing.assert_close(getattr(batch, name).cpu(), getattr(expected, name), msg=name)
+    assert torch.equal(batch.edge_index.row_start.cpu(), expected.edge_index.row_start)
+    assert float(loss) == pytest.approx(1.0)
+
+
 def test_random_mixes_leave_the_cache_of_topologies_alone(parts):
     arguments = constructor(num_timesteps=T, delta_frame=HORIZON, in_node_nf=2, in_edge_nf=5)
     del arguments["num_atoms"]

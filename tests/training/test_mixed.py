@@ -97,6 +97,35 @@ def test_parts_of_a_batch_make_the_same_update(files, tmp_path):
         torch.testing.assert_close(two[key], value, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"use_vae": True},
+        {"gnn_ablation_mode": "GCN", "solver_mode": "joint", "time_mode": "posenc"},
+    ],
+    ids=str,
+)
+def test_other_models_train_and_resume(files, tmp_path, model):
+    for name, stop in (("whole", None), ("parts", 4)):
+        config = mixed_config(files, tmp_path / name, model=model, optim={"epochs": 2})
+        if stop is not None:
+            train(replace(config, max_steps=stop))
+        train(config, resume=stop is not None)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_gpu_follows_the_cpu(files, tmp_path, backend):
+    losses = []
+    for device, asked in (("cpu", "torch"), ("cuda", backend)):
+        model = {"backend": asked}
+        config = mixed_config(files, tmp_path / device, model=model, optim={"epochs": 2})
+        train(replace(config, device=device))
+        losses.append([r["loss"] for r in read_metrics(tmp_path / device) if "loss" in r])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+
+
 def test_resume_refuses_changed_data_of_one_molecule(tmp_path):
     paths = [tmp_path / "ethanol.npz", tmp_path / "chain.npz"]
     small_trajectory().save(paths[0])
