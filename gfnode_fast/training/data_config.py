@@ -73,7 +73,7 @@ class DataConfig:
         must(ok, "data.trajectory", "a file or sample:NAME", self.trajectory, "name one")
         if self.dt_fs is not None:
             positive("data.dt_fs", self.dt_fs)
-        if self.trajectory.startswith(SAMPLE_PREFIX):
+        if not self.is_mixed and self.trajectory.startswith(SAMPLE_PREFIX):
             for name in ("dt_fs", "topology", "format"):
                 value = getattr(self, name)
                 must(value is None, f"data.{name}", "null for a sample", value, "leave it out")
@@ -155,7 +155,7 @@ class DataConfig:
                 entry,
                 f"remove {unknown[0]}" if unknown else "name a trajectory",
             )
-        object.__setattr__(self, "molecules", [dict(entry) for entry in entries])
+        object.__setattr__(self, "molecules", [_plain(entry) for entry in entries])
         self.by_molecule()  # each checks itself
 
     @property
@@ -182,6 +182,13 @@ class DataConfig:
             )
             found[name] = replace(self, molecules=[], sampling_temperature=1.0, **options)
         return found
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    if isinstance(value, dict):
+        return {name: _plain(own) for name, own in value.items()}
+    return [_plain(own) for own in value] if isinstance(value, list | tuple) else value
 
 
 def _stem(trajectory: str) -> str:

@@ -15,6 +15,7 @@ from gfnode_fast.nn import GFNODE
 from gfnode_fast.training import (
     CheckpointError,
     ConfigError,
+    DataConfig,
     config_from_dict,
     config_to_dict,
     evaluate,
@@ -185,6 +186,11 @@ def test_options_of_one_molecule_are_its_own(files):
     assert (ethanol.train_size, chain.train_size) == (8, 3)
     assert ethanol.bonds == chain.bonds == "published"
     assert not chain.is_mixed
+    tuples = DataConfig(molecules=[{"trajectory": files[1], "rigid_bonds": [(0, 1)]}])
+    assert tuples.molecules[0]["rigid_bonds"] == [[0, 1]]
+    assert tuples.by_molecule()["chain"].rigid_bonds == [(0, 1)]
+    shared = config_from_dict({"data": {"molecules": files, "dt_fs": 0.5, "heavy_only": False}})
+    assert [m.dt_fs for m in shared.data.by_molecule().values()] == [0.5, 0.5]
 
 
 def test_evaluate_has_every_molecule_and_all_together(finished):
