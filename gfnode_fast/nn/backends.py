@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gfnode_fast.ops import graph_layers_triton
+from gfnode_fast.ops import graph_layers_triton, synthesis
 from gfnode_fast.ops.compiled_solve import check_compilable
 from gfnode_fast.ops.dispatch import choose_automatically, choose_backend, why_no_triton
 from gfnode_fast.ops.graph_layers import PRECISIONS
@@ -289,6 +289,7 @@ def _transforms(request: Request, device: torch.device, dtype: torch.dtype) -> t
         forward = Part("reference", CHAOTIC)
     if device.type == "cpu":
         problem = _why_not_cpp(request.signal_activation, device, dtype)
+        problem = problem or synthesis.why_not_compiled()
         inverse = Part("torch", f"no C++ kernel: {problem}")
         if problem is None:
             inverse = Part("cpp", "one pass with activation and signal; without a gradient of U")
