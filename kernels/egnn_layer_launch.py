@@ -166,28 +166,25 @@ def launch_egnn_layer_bwd(
 
 def aot_cases() -> list[AotCase]:
     """Widths that 16 divides, as 64 and 96, and any; the published 5 edge features."""
-    forward = {"NORM": False, "SILU": True, "CHUNK": CHUNK}
-    return [
-        aot_case(
-            kernel,
-            name + ("" if divisible else " any width"),
-            precision,
-            more,
-            divisible_by_16=divisible,
-            allowed_spills_reason=SPILLS if name == "egnn_edge_bwd" and not divisible else None,
-        )
+    layer = {"NORM": False, "SILU": True}
+    forward = {**layer, "CHUNK": CHUNK, "WHOLE": True}
+    kernels = (
+        (_egnn_layer_fwd_kernel, "egnn_layer_fwd", forward),
+        (_egnn_node_bwd_kernel, "egnn_node_bwd", {"SILU": True}),
+        (_egnn_edge_bwd_kernel, "egnn_edge_bwd", {**layer, "BLOCK_D": 16}),
+        (_egnn_gather_bwd_kernel, "egnn_gather_bwd", {}),
+    )
+    aligned = ("width", "hidden")
+    cases = [
+        aot_case(kernel, name, precision, more, aligned)
         for precision in MODES
-        for divisible in (("width", "hidden"), ())
-        if divisible or precision == "fp32"
-        for kernel, name, more in (
-            (_egnn_layer_fwd_kernel, "egnn_layer_fwd", {**forward, "WHOLE": True}),
-            (_egnn_layer_fwd_kernel, "egnn_layer_fwd tiles", {**forward, "WHOLE": False}),
-            (_egnn_node_bwd_kernel, "egnn_node_bwd", {"SILU": True}),
-            (
-                _egnn_edge_bwd_kernel,
-                "egnn_edge_bwd",
-                {"NORM": False, "SILU": True, "BLOCK_D": 16},
-            ),
-            (_egnn_gather_bwd_kernel, "egnn_gather_bwd", {}),
-        )
+        for kernel, name, more in kernels
     ]
+    cases += [
+        aot_case(kernel, f"{name} any width", "fp32", more, (), reason)
+        for kernel, name, more in kernels
+        for reason in [SPILLS if kernel is _egnn_edge_bwd_kernel else None]
+    ]
+    # the same less a phase
+    tiles = {**forward, "WHOLE": False}
+    return [*cases, aot_case(kernels[0][0], "egnn_layer_fwd tiles", "fp32", tiles, aligned)]

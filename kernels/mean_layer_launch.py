@@ -166,15 +166,17 @@ def launch_mean_layer_bwd(
 
 def aot_cases() -> list[AotCase]:
     """The widths of GraphSAGE and GCN, 70 and 102, divide nothing; GCN takes less of the same."""
-    whole = {"SILU": True, "CONCAT": 1}
-    return [
+    layer = {"SILU": True, "CONCAT": 1}
+    cases = [
         aot_case(kernel, name, precision, more, ())
         for precision in MODES
         for kernel, name, more in (
-            (_mean_layer_fwd_kernel, "mean_layer_fwd", {**whole, "WHOLE": True}),
-            (_mean_layer_fwd_kernel, "mean_layer_fwd tiles", {**whole, "WHOLE": False}),
-            (_mean_node_bwd_kernel, "mean_node_bwd", whole),
-            (_mean_edge_bwd_kernel, "mean_edge_bwd", {**whole, "BLOCK_D": 16}),
+            (_mean_layer_fwd_kernel, "mean_layer_fwd", {**layer, "WHOLE": True}),
+            (_mean_node_bwd_kernel, "mean_node_bwd", layer),
+            (_mean_edge_bwd_kernel, "mean_edge_bwd", {**layer, "BLOCK_D": 16}),
             (_mean_summand_bwd_kernel, "mean_summand_bwd", {"SILU": True}),
         )
     ]
+    # the same less a phase
+    tiles = {**layer, "WHOLE": False}
+    return [*cases, aot_case(_mean_layer_fwd_kernel, "mean_layer_fwd tiles", "fp32", tiles, ())]
