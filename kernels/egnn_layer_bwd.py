@@ -359,7 +359,7 @@ def _egnn_gather_bwd_kernel(
             grad_hidden_ptr + hidden, at, mask, velocity0_ptr, c, 1, width, width, hidden, BLOCK_C,
             MODE,
         )  # fmt: skip
-        for side in tl.static_range(2):
+        for side in range(0, 2):
             grad += product_tile(
                 grad_hidden_ptr + (2 + side) * hidden, at, mask, message0_ptr + 1 + side * width, c,
                 1, stride_m0, width, hidden, BLOCK_C, MODE,

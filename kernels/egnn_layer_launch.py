@@ -166,25 +166,24 @@ def launch_egnn_layer_bwd(
 
 def aot_cases() -> list[AotCase]:
     """Widths that 16 divides, as 64 and 96, and any; the published 5 edge features."""
-    layer = {"NORM": False, "SILU": True}
+    layer: dict[str, object] = {"NORM": False, "SILU": True}
     forward = {**layer, "CHUNK": CHUNK, "WHOLE": True}
-    kernels = (
-        (_egnn_layer_fwd_kernel, "egnn_layer_fwd", forward),
-        (_egnn_node_bwd_kernel, "egnn_node_bwd", {"SILU": True}),
-        (_egnn_edge_bwd_kernel, "egnn_edge_bwd", {**layer, "BLOCK_D": 16}),
-        (_egnn_gather_bwd_kernel, "egnn_gather_bwd", {}),
-    )
-    aligned = ("width", "hidden")
+    edge_bwd, aligned = {**layer, "BLOCK_D": 16}, ("width", "hidden")
     cases = [
         aot_case(kernel, name, precision, more, aligned)
         for precision in MODES
-        for kernel, name, more in kernels
+        for kernel, name, more in (
+            (_egnn_layer_fwd_kernel, "egnn_layer_fwd", forward),
+            (_egnn_node_bwd_kernel, "egnn_node_bwd", {"SILU": True}),
+            (_egnn_edge_bwd_kernel, "egnn_edge_bwd", edge_bwd),
+            (_egnn_gather_bwd_kernel, "egnn_gather_bwd", {}),
+        )
     ]
-    cases += [
-        aot_case(kernel, f"{name} any width", "fp32", more, (), reason)
-        for kernel, name, more in kernels
-        for reason in [SPILLS if kernel is _egnn_edge_bwd_kernel else None]
-    ]
-    # the same less a phase
+    # any width where it costs registers most; tiles: the same less a phase
     tiles = {**forward, "WHOLE": False}
-    return [*cases, aot_case(kernels[0][0], "egnn_layer_fwd tiles", "fp32", tiles, aligned)]
+    return [
+        *cases,
+        aot_case(_egnn_layer_fwd_kernel, "egnn_layer_fwd any width", "fp32", forward, ()),
+        aot_case(_egnn_edge_bwd_kernel, "egnn_edge_bwd any width", "fp32", edge_bwd, (), SPILLS),
+        aot_case(_egnn_layer_fwd_kernel, "egnn_layer_fwd tiles", "fp32", tiles, aligned),
+    ]

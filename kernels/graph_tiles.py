@@ -63,7 +63,7 @@ def split_products(
     MODE: tl.constexpr,
 ):  # fmt: skip
     """[P, Q] of rows of h, from [W_a, W_b]."""
-    for side in tl.static_range(2):
+    for side in range(0, 2):
         for start in range(0, hidden, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             z = product_tile(

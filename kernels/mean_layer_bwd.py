@@ -206,7 +206,7 @@ def _mean_edge_bwd_kernel(
         for start in range(0, width, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             grad = load_tile(grad_state_ptr, row * width, c, mask, width)
-            for side in tl.static_range(2):
+            for side in range(0, 2):
                 grad += product_tile(
                     grad_hidden_ptr + side * hidden, row * stride_g, mask, edge0_ptr + side * width,
                     c, 1, stride_e0, width, hidden, BLOCK_C, MODE,

@@ -166,7 +166,7 @@ def launch_mean_layer_bwd(
 
 def aot_cases() -> list[AotCase]:
     """The widths of GraphSAGE and GCN, 70 and 102, divide nothing; GCN takes less of the same."""
-    layer = {"SILU": True, "CONCAT": 1}
+    layer: dict[str, object] = {"SILU": True, "CONCAT": 1}
     cases = [
         aot_case(kernel, name, precision, more, ())
         for precision in MODES

@@ -37,6 +37,7 @@ class AotCase:
             always count as aligned: torch allocates so.
         allowed_spills_reason: why local-memory traffic is accepted here; None refuses it.
         options: further compile options as launched, e.g. {"maxnreg": 128}.
+        only: the one architecture it is compiled for, where that says enough; None: all.
     """
 
     kernel: Any
@@ -48,6 +49,7 @@ class AotCase:
     divisible_by_16: tuple[str, ...] = ()
     allowed_spills_reason: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
+    only: int | None = None
 
     def check(self) -> None:
         """Compare the case with the kernel's parameters.

@@ -121,6 +121,7 @@ def aot_case(
         {key: value for key, value in values.items() if key in _parameters(kernel)},
         divisible_by_16=divisible_by_16,
         allowed_spills_reason=SPILLS.get(precision, allowed_spills_reason),
+        only=90 if precision == "fp64" else None,
         **options,
     )
 
