@@ -4,8 +4,8 @@
     u = P_i + Q_j + W_e e + b + w q;  m = act(W_2 act(u) + b_2);  f = c · act(W_c m + b_c) + d
     x_i' = x_i + velocity(h_i) v_i + clamp(Σ_j r f / degree, ±100);  h_i' = node([h_i, Σ_j m])
 
-forward, WHOLE: a program owns whole molecules of one copy (`graph_tiles`), 16 nodes or one
-    molecule if that is larger. It takes P and Q of its nodes, then tiles of their edges, then
+forward, WHOLE: a program owns whole molecules of one copy (`graph_tiles`), those that begin in
+    the same 16 nodes, of any size. It takes P and Q of its nodes, then tiles of their edges, then
     their update, with a barrier between the phases; what lies between two products is in memory
     of its own (`feature_tiles`). Messages of up to CHUNK edges wait there until each node sums
     its own in the order of the edges. So the edges fill tiles whatever the degrees.
