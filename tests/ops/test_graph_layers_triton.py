@@ -307,7 +307,7 @@ def test_production_size(variant: str, width: int, num_atoms: int, precision: st
     given = on_gpu(make_inputs(num_nodes, tuple(end.cpu() for end in edges), 8, width))
     expected = on_gpu_values(published, layer, given, num_nodes, edges)
     layer, given = layer.float(), cast(given, torch.float32)
-    options = {"backend": "triton", "precision": precision}
+    options = {"backend": "triton", "precision": precision, "max_nodes": num_atoms}
     once, again = (on_gpu_values(ours, layer, given, num_nodes, edges, **options) for _ in range(2))
     for key, value in expected.items():
         assert torch.equal(once[key], again[key]), key
