@@ -337,6 +337,8 @@ def smallest_step() -> None:
 
 def summary(result: dict[str, Any]) -> str:
     parts = [f"# {result['part']}", heading(result["about"])]
+    if result["dry_run"]:
+        parts.append("Dry run: tiny sizes, C1 as it stands, nothing compiled.")
     if "ceilings" in result:
         parts.append(ceilings_table(result["ceilings"]))
     for profiles in ("profiles", "profiles of Triton"):
@@ -396,9 +398,9 @@ def main(arguments: list[str] | None = None) -> int:
         "about": environment.describe(device, command),
         "rows": [],
     }
-    # A dry run generates no code, which would take minutes on a CPU.
+    # A dry run neither traces nor generates code, which would take minutes on a CPU.
     without = [*options.without, *(["ours compiled"] if options.dry_run else [])]
-    with c1.compiler("eager" if options.dry_run else "inductor"):
+    with c1.compiler("none" if options.dry_run else "inductor"):
         RUN[options.part](result, device, clock, options.dry_run, without)
     options.out.mkdir(parents=True, exist_ok=True)
     write(result, options.out / f"{options.part}.json")

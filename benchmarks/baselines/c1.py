@@ -35,7 +35,9 @@ _COMPILER, _CUDA_GRAPHS = "inductor", True
 
 @contextmanager
 def compiler(name: str, *, cuda_graphs: bool = True) -> Iterator[None]:
-    """Another way to compile for a while: "eager" only traces, for dry runs."""
+    """Another way to compile for a while: "eager" only traces; "none" leaves C1's functions as they
+    stand, for dry runs.
+    """
     global _COMPILER, _CUDA_GRAPHS
     before, (_COMPILER, _CUDA_GRAPHS) = (_COMPILER, _CUDA_GRAPHS), (name, cuda_graphs)
     try:
@@ -55,6 +57,8 @@ def _options() -> dict[str, Any]:
 
 def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """One full graph: of any size on the CPU, of one size and replayed by CUDA graphs on a GPU."""
+    if _COMPILER == "none":
+        return function
     # One code object serves both propagators and all layers, with and without gradients.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     dynamic = (

@@ -269,7 +269,9 @@ def test_acceptance_dry_run(part: str, tmp_path: Path) -> None:
     found = json.loads((tmp_path / f"{part}.json").read_text())
     assert found["part"] == part
     assert found["about"]["versions"]["torch"] == torch.__version__
-    assert (tmp_path / f"{part}.md").read_text().startswith(f"# {part}")
+    text = (tmp_path / f"{part}.md").read_text()
+    assert text.startswith(f"# {part}")
+    assert "C1 as it stands" in text
 
 
 def test_acceptance_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
