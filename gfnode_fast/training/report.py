@@ -93,11 +93,12 @@ class Report:
 
 
 def read_report(path: str | Path) -> Report:
-    """Inverse of :meth:`Report.save`."""
+    """Inverse of :meth:`Report.save`; also of reports from before runs of several molecules."""
     return _from_dict(json.loads(Path(path).read_bytes()))
 
 
 def _from_dict(values: Mapping[str, Any]) -> Report:
+    values = {"molecules": {}, **values}
     fields = {field.name: values[field.name] for field in dataclasses.fields(Report)}
     for name in ("bond_lengths", "bond_angles"):
         if fields[name] is not None:
