@@ -42,7 +42,9 @@ def epoch_order(
     total = sum(counts)
     if temperature == 1 or len(counts) == 1:
         return torch.randperm(total, generator=generator)
-    weights = np.asarray(counts, dtype=np.float64) ** (1 / temperature if temperature else 0.0)
+    # Of the largest, so that a low temperature takes it alone and does not overflow.
+    shares = np.asarray(counts, dtype=np.float64) / max(counts)
+    weights = shares ** (1 / temperature if temperature else 0.0)
     bounds = total * np.cumsum(weights) / weights.sum()
     offset = float(torch.rand((), dtype=torch.float64, generator=generator))
     ends = np.ceil(bounds[:-1] - offset).clip(0, total).astype(int)  # points k + offset below it

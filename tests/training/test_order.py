@@ -41,6 +41,11 @@ def test_frequencies_follow_the_temperature(temperature):
     np.testing.assert_allclose(found.mean(axis=0), share, atol=0.1)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 5e-324])
+def test_a_low_temperature_takes_the_largest_alone(temperature):
+    assert drawn(epoch_order(0, 0, COUNTS, temperature)).tolist() == [100, 0, 0]
+
+
 def test_windows_of_a_molecule_are_drawn_equally_often():
     order = epoch_order(0, 0, COUNTS, None)
     times = torch.bincount(order, minlength=100)
