@@ -14,7 +14,12 @@ from torch import Tensor
 
 from gfnode_fast.data import Trajectory, WindowDataset, Windows
 from gfnode_fast.solvers.tableau import ADAPTIVE
-from gfnode_fast.training.problem import check_time_step, forked_random_state
+from gfnode_fast.training.problem import (
+    check_graph,
+    check_time_step,
+    forked_random_state,
+    molecule_graph,
+)
 from gfnode_fast.training.trained import TrainedModel, choose_model, load_models
 
 Array = npt.NDArray[Any]
@@ -224,6 +229,7 @@ def predict_from_trajectory(
     Raises:
         ValueError: as :func:`predict`; another molecule or time step; a start that the trajectory
             does not have or has no velocity for.
+            GraphMismatchError: the same atoms bonded otherwise in the trajectory's first frame.
     """
     trained = _trained(model, trajectory.numbers.tolist())
     if trajectory.numbers.tolist() != trained.graph.numbers.tolist():
@@ -231,6 +237,7 @@ def predict_from_trajectory(
             f"predict: `trajectory` must be of the model's atoms {trained.graph.numbers.tolist()}, "
             f"got {trajectory.numbers.tolist()}; use its molecule and atom order"
         )
+    check_graph(trained.graph, molecule_graph(trajectory, trained.config.data))
     check_time_step("predict", trained.dt_fs, trajectory)
     wanted = np.asarray(starts, dtype=np.int64)
     usable = trajectory.frames[trajectory.starts()]

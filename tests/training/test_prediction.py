@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gfnode_fast.training import (
+    GraphMismatchError,
     load_model,
     predict,
     predict_from_trajectory,
@@ -159,6 +160,10 @@ def test_from_a_trajectory_with_the_truth_beside(trained):
     other = replace(trajectory, numbers=np.array([8, 6, 6]))
     with pytest.raises(ValueError, match="`trajectory` must be of the model's atoms"):
         predict_from_trajectory(trained, other, [10], [5])
+    bent = trajectory.positions.copy()
+    bent[:, 2] += np.float32([-3.0, -0.35, 0.0])  # an isomer: bonded to the other carbon
+    with pytest.raises(GraphMismatchError, match="`edges` must be the checkpoint's"):
+        predict_from_trajectory(trained, replace(trajectory, positions=bent), [10], [5])
 
 
 def test_extxyz_opens_in_ase(tmp_path):
