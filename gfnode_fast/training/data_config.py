@@ -174,7 +174,7 @@ class DataConfig:
             name = options.pop("name", None) or _stem(options["trajectory"])
             valid = isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name) and name not in found
             must(
-                bool(valid) and not name.isdigit(),
+                bool(valid) and not name.isdecimal(),
                 f"data.molecules[{k}].name",
                 "letters, digits and _.+-, not a number and not that of another",
                 name,

@@ -128,7 +128,7 @@ def choose_model(
         ValueError: it is not there, or it is not clear which one is meant.
     """
     names = list(models)
-    if isinstance(molecule, str) and molecule.isdigit():
+    if isinstance(molecule, str) and molecule.isdecimal():
         molecule = int(molecule)
     if isinstance(molecule, int) and 0 <= molecule < len(names):
         return models[names[molecule]]

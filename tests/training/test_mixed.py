@@ -213,8 +213,9 @@ def test_evaluate_has_every_molecule_and_all_together(finished):
 
 def test_evaluate_takes_another_trajectory_of_one_molecule(finished, tmp_path):
     chain_trajectory(320).save(tmp_path / "other.npz")
-    with pytest.raises(ValueError, match="`molecule` must be one of ethanol, chain"):
-        evaluate(finished, trajectory=tmp_path / "other.npz")
+    for unknown in (None, "²"):
+        with pytest.raises(ValueError, match="`molecule` must be one of ethanol, chain"):
+            evaluate(finished, molecule=unknown, trajectory=tmp_path / "other.npz")
     report = evaluate(finished, molecule="chain", trajectory=tmp_path / "other.npz")
     assert (report.num_atoms, report.molecules) == (5, {})
 
