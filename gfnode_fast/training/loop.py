@@ -145,7 +145,7 @@ class _Run:
         self.position = _Position()
         if checkpoint is not None:
             self._restore(checkpoint)
-        else:
+        elif ranks.is_first:
             self.molecules.warn_if_modes_cut()
         self.metrics = self._begin_files() if ranks.is_first else None
         self.batches_per_epoch = -(-len(self.train_set) // config.optim.batch_size)
@@ -350,7 +350,7 @@ class _Run:
         if self.device.type != "cpu" or not self.ranks.is_first:
             return
         for name, now in _decides_bits().items():
-            if (before := checkpoint.manifest.get(name)) != now:
+            if (before := checkpoint.manifest.get(name, "not recorded")) != now:
                 logger.warning(
                     "train: %s was %s when the run stopped and is %s now; it goes on correctly, "
                     "but not bit for bit as without the stop",

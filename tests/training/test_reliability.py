@@ -172,6 +172,9 @@ def test_another_thread_count_is_warned_of(
     train(replace(config, max_steps=4), resume=True)
     assert "threads was 1 when the run stopped and is 7 now" in caplog.text
     assert "not bit for bit" in caplog.text
+    monkeypatch.setattr("gfnode_fast.training.loop._decides_bits", lambda: {"cores": 2})
+    train(replace(config, max_steps=5), resume=True)
+    assert "cores was not recorded when the run stopped and is 2 now" in caplog.text
 
 
 def _save_native(path: Path, molecule: Trajectory) -> None:
