@@ -56,9 +56,9 @@ def test_golden_of_what_is_compiled(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bosh3.f64"])
-def test_golden_compiled(name: str) -> None:
-    check_golden(name, COMPILED)
+def test_golden_compiled() -> None:
+    """A whole model through generated code; each solver's is tests/solvers/test_compiled.py's."""
+    check_golden("euler.f64", COMPILED)
 
 
 def check_golden(name: str, build: Callable[..., gfnode_fast.reference.FourierMD]) -> None:
