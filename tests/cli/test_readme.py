@@ -20,7 +20,7 @@ from gfnode_fast.cli.main import main
 from gfnode_fast.training.extxyz import write_extxyz
 from gfnode_fast.training.metrics import MetricsLog
 from run_comparison import assert_same_run
-from small_run import small_trajectory
+from small_run import chain_trajectory, small_trajectory
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -63,6 +63,29 @@ def test_every_command_and_option_parses() -> None:
         parser.parse_args(words)
 
 
+def test_commands_have_what_extxyz_does_not_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time between frames, in every command on a trajectory but the one that looks for it."""
+    monkeypatch.chdir(tmp_path)
+    for name, molecule in (
+        ("run", chain_trajectory(600)),
+        ("aspirin", chain_trajectory(600)),
+        ("ethanol", small_trajectory(600)),
+    ):
+        infos = [{}] * molecule.num_frames
+        write_extxyz(f"{name}.extxyz", molecule.positions, molecule.numbers, infos=infos)
+    small = {**SMALL, "data": {**SMALL["data"], "delta_frame": 20}, "max_steps": 1}
+    Path("small.yaml").write_text(yaml.safe_dump(small))
+    found = [words for words in options(section("Train on your own trajectory")) if len(words) > 2]
+    (spectrum,) = (words for words in found if words[:2] == ["data", "spectrum"])
+    (sweep,) = (words for words in found if words[0] == "sweep-modes")
+    (mixed,) = (words for words in found if "--data.molecules" in words)
+    (predict,) = (words for words in found if words[0] == "predict" and "--molecule" in words)
+    for words in (spectrum, sweep, mixed, predict):
+        assert run(words) == 0
+
+
 # What makes the published recipe small enough for a test; the README's own options beat it.
 SMALL = {
     "data": {"num_timesteps": 4, "delta_frame": 400, "train_size": 16, "val_size": 4,
@@ -76,8 +99,8 @@ SMALL = {
 
 def run(words: list[str]) -> int:
     """A command of the README; where it configures a run, with SMALL behind it."""
-    if words[0] == "train" and "--resume" not in words:
-        words = ["train", "--config", "small.yaml", *words[1:]]
+    if words[0] in ("train", "sweep-modes") and "--resume" not in words:
+        words = [words[0], "--config", "small.yaml", *words[1:]]
     return main(words)
 
 
