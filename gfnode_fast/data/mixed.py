@@ -134,6 +134,11 @@ class MixedDataset:
             When `index` is not a 1-D int64 tensor on the host, is empty, or is out of range.
         """
         check_index(index, self.index_device)
+        if index.min() < 0 or index.max() >= len(self):
+            raise IndexError(
+                f"batch: `index` must be in 0 … {len(self) - 1}, got {int(index.min())} to "
+                f"{int(index.max())}; take samples that there are"
+            )
         index = index[self._molecule[index].argsort(stable=True)]
         molecule = self._molecule[index]
         num_atoms = self._num_atoms[molecule]

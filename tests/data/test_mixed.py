@@ -172,7 +172,8 @@ def test_an_element_has_one_feature_in_all_molecules(parts):
         (torch.tensor([0], dtype=torch.int32), TypeError, "`index` must be an int64"),
         (torch.zeros(0, dtype=torch.int64), ValueError, "B > 0"),
         (torch.tensor([0], device="meta"), ValueError, "`index` must be on cpu"),
-        (torch.tensor([16]), IndexError, "out of"),
+        (torch.tensor([16]), IndexError, "must be in 0 … 15, got 16 to 16"),
+        (torch.tensor([3, -1]), IndexError, "must be in 0 … 15, got -1 to 3"),
     ],
 )
 def test_other_indices_are_refused(parts, index, error, text):
