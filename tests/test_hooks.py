@@ -71,6 +71,22 @@ def test_hooks_that_run() -> None:
     assert len(seen) == 3
 
 
+def test_counting_evaluations_puts_no_hook_on_the_model() -> None:
+    """Which another thread's forward would refuse."""
+    model = gfnode_fast.FourierMD(**constructor(solver="explicit_adams"))
+    function, hooked = model.freq_conv.t_conv.ode_func, []
+    forward = function.forward
+
+    def watched(s: Tensor | None, y: Tensor) -> Tensor:
+        hooked.append(len(function._forward_pre_hooks))
+        return forward(s, y)
+
+    function.forward = watched  # type: ignore[method-assign]
+    model(**inputs())
+    assert model.last_solve["freq_conv"].evaluations == len(hooked) > 0
+    assert not any(hooked)
+
+
 def test_a_mixture_refuses_them_too() -> None:
     settings = {k: v for k, v in constructor().items() if k != "num_atoms"}
     model, given = gfnode_fast.GFNODE(**settings), inputs()

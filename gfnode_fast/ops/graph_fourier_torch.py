@@ -95,15 +95,18 @@ class _SumBeside(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        of_beside = grad[..., ctx.channels :] if ctx.needs_input_grad[2] else None
         grad = grad[..., : ctx.channels]
-        return grad.sum(0), grad, None
+        return grad.sum(0), grad, of_beside
 
 
 def sum_beside(signal: Tensor, activated: Tensor, beside: Tensor, ptr: Tensor | None) -> Tensor:
-    """signal (B, N, C), activated (T, B, N, C), beside (T, B, W), without gradient →
-    (T, B, N, C + W); with `ptr` ΣN for B, N.
+    """signal (B, N, C), activated (T, B, N, C), beside (T, B, W) → (T, B, N, C + W); with `ptr`
+    ΣN for B, N.
     """
+    if torch.compiler.is_compiling():  # which writes once by itself, and takes no `out=` view
+        return side_by_side(signal + activated, beside, ptr)
     beside = to_atoms(beside, activated.shape, ptr)
     out: Tensor = _SumBeside.apply(signal, activated, beside)  # type: ignore[no-untyped-call]
     return out

@@ -232,7 +232,14 @@ def _dense(grad: Tensor | None, like: Tensor) -> Tensor:
 
 def _pull_egnn(ctx: Any, grad_x: Tensor | None, grad_h: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, _v, h = ctx.saved_tensors[:3]
-    return _pull(triton_egnn_layer_bwd, ctx, [_dense(grad_x, x), _dense(grad_h, h)])
+    grads = list(_pull(triton_egnn_layer_bwd, ctx, [_dense(grad_x, x), _dense(grad_h, h)]))
+    of_weights = grads[5]  # four each of the message, coordinate, velocity and node MLP
+    # None rather than zeros for what takes no part, which an optimizer with decay tells apart.
+    if grad_x is None:
+        grads[1], of_weights[4:12] = None, [None] * 8
+    if grad_h is None:
+        of_weights[12:] = [None] * 4
+    return tuple(grads)
 
 
 def _pull_mean(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -62,7 +62,7 @@ def propagate(
         activation: when given, what the model does next is done here: the result is the signal
             plus the activation of what was propagated, in one pass where it is compiled.
         beside: (T, B, W), put after the channels of each of a molecule's atoms in that result, by
-            the same pass; of D = 1, gets no gradient.
+            the same pass where it needs no gradient; of D = 1.
         ptr: (B+1,) int64, molecules of different size: molecule b owns the atoms ptr[b] ...
             ptr[b+1]-1, as in `graph_fourier`. Modes that a molecule does not have (m >= N_b) start
             at 0. Of the graph basis only.
@@ -71,8 +71,7 @@ def propagate(
         (T, B, N, D, C), or (T, ΣN, D, C) with `ptr`; C + W channels with `beside`.
 
     Raises:
-        TypeError, ValueError: a `beside` of another shape or dtype, without `activation`, or that
-            requires a gradient.
+        TypeError, ValueError: a `beside` of another shape or dtype, or without `activation`.
         ValueError: another backend; a solver_mode that this dynamics, solver or backend does not
             have; times that are not positive and finite, in a mode other than "joint".
         RuntimeError: backend="compiled" or "triton" with what it does not have (`check_compilable`,
@@ -167,11 +166,10 @@ def _check_beside(
             f"{'no activation' if activation is None else f'D = {signal.shape[-2]}'}; join it to "
             "the result"
         )
-    if beside.dim() != 3 or beside.shape[:2] != shape or beside.requires_grad:
+    if beside.dim() != 3 or beside.shape[:2] != shape:
         raise ValueError(
-            f"propagate: `beside` must be ({shape[0]}, {shape[1]}, W) and not require a gradient, "
-            f"got {tuple(beside.shape)}, requires_grad={beside.requires_grad}; reshape it, or join "
-            "it to the result"
+            f"propagate: `beside` must be ({shape[0]}, {shape[1]}, W), got {tuple(beside.shape)}; "
+            "reshape it"
         )
     if beside.dtype != signal.dtype:
         raise TypeError(
@@ -205,15 +203,12 @@ def _solve(ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats) -> Ten
         return solve_grid(function, modes, times, FIXED_GRID[ode.solver], stats)
 
     # One application of the right-hand side, or a multistep method: the reference, torchdiffeq.
-    def count(*_: object) -> None:
+    def counted(s: Tensor | None, y: Tensor) -> Tensor:
         stats.evaluations += 1
+        slope: Tensor = ode.ode_func(s, y)
+        return slope
 
-    counting = ode.ode_func.register_forward_pre_hook(count)
-    try:
-        solved: Tensor = ode(modes, times)
-    finally:
-        counting.remove()
-    return solved.permute(1, 0, 3, 2, 4)
+    return ode.solve(counted, modes, times).permute(1, 0, 3, 2, 4)
 
 
 def _solve_in_mode(
@@ -249,12 +244,13 @@ def _transform_back(
         activation is not None
         and ptr is None
         and backend == "auto"
-        and serves(solved, eigvecs, signal, activation)
+        and serves(solved, eigvecs, signal, activation, beside)
     ):
         return synthesise_solved(solved, eigvecs, signal, activation, beside)
     modes = solved.permute(1, 0, 3, 2, 4).flatten(3)
     total = None if ptr is None else len(signal)
-    is_fused = backend == "triton" and type(activation) is nn.SiLU
+    wants_beside = beside is not None and beside.requires_grad
+    is_fused = backend == "triton" and type(activation) is nn.SiLU and not wants_beside
     flat = inverse_graph_fourier(
         modes,
         eigvecs,

@@ -8,6 +8,8 @@ velocity).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint
@@ -103,16 +105,20 @@ class ModeODE(nn.Module):
 
     def forward(self, y0: Tensor, s: Tensor) -> Tensor:
         """y0 (M, B, D, C), s (B, T) normalised times > 0 → (T, B, M, D, C)."""
+        return self.solve(self.ode_func, y0, s)
+
+    def solve(self, function: Callable[..., Tensor], y0: Tensor, s: Tensor) -> Tensor:
+        """`forward` with another right-hand side."""
         num_modes, batch, components, channels = y0.shape
         num_times = s.shape[1]
         state = y0.reshape(num_modes, batch * components, channels)
         if self.no_ode:
-            y: Tensor = self.ode_func(None, state).view_as(y0).transpose(0, 1)
+            y: Tensor = function(None, state).view_as(y0).transpose(0, 1)
             return y.expand(num_times, *y.shape)
         union, position = torch.unique(s, sorted=True, return_inverse=True)
         times = torch.cat((union.new_zeros(1), union))
         solution = odeint(
-            self.ode_func, state, times, rtol=self.rtol, atol=self.atol, method=self.solver
+            function, state, times, rtol=self.rtol, atol=self.atol, method=self.solver
         )
         solution = solution.view(-1, *y0.shape).transpose(1, 2)  # (L, B, M, D, C)
         molecule = torch.arange(batch, device=s.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rounded import rounded_graph_layers
+from gfnode_fast.nn.graph_layers import apply_layer
 from gfnode_fast.ops import graph_layers_triton as on_triton
 from gfnode_fast.ops.graph_layers import egnn_layer
 from gfnode_fast.ops.graph_layers_torch import EGNNWeights, MLPWeights
@@ -227,6 +228,29 @@ def test_traced_whole(variant: str) -> None:
         return ours(layer, inputs, num_nodes, edges, backend="triton")
 
     compiled_equals_eager(run, list(given.values()), TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("variant", ["egnn", "gcn"])
+def test_what_takes_no_part_has_no_gradient(variant: str) -> None:
+    """As in the reference: None, not zeros, where only positions or only features are used."""
+    num_nodes, edges = edges_of("duplicates and a loop")
+    layer = make_layer(width=4, **VARIANTS[variant]).float()
+    built = topology(*edges, num_nodes)
+    for used in (0, 2):
+        without: list[set[str]] = []
+        for backend in ("torch", "triton"):
+            layer.zero_grad()
+            given = cast(make_inputs(num_nodes, edges, 1, 4), torch.float32)
+            leaves = {key: value.requires_grad_() for key, value in given.items()}
+            state = leaves["x"], leaves["v"], leaves["h"]
+            out = apply_layer(
+                layer, state, built, leaves["edge_fea"], recompute=False, backend=backend
+            )
+            out[used].square().sum().backward()
+            every = leaves | dict(layer.named_parameters())
+            without.append({name for name, leaf in every.items() if leaf.grad is None})
+        assert without[0] == without[1]
+        assert (variant == "egnn") == bool(without[0])
 
 
 def test_second_derivative_is_refused() -> None:
