@@ -25,11 +25,16 @@ FSAL = tuple(name for name, tableau in ADAPTIVE.items() if tableau.ends_on_last_
 
 
 def choose_solve(
-    op: str, requested: str, y0: Tensor, solver: str, max_attempts: int, is_small: bool = True
+    op: str,
+    requested: str,
+    y0: Tensor,
+    solver: str,
+    max_attempts: int,
+    most_modes: int | None = None,
 ) -> str:
     """The backend of a joint solve; refuses methods that are not adaptive or not served.
 
-    `is_small`: whether the number of modes is one that the kernels have.
+    `most_modes`: of the Triton kernels, if they have a limit.
     """
     if solver not in ADAPTIVE:
         raise ValueError(
@@ -37,6 +42,8 @@ def choose_solve(
             "adaptive method"
         )
     unserved = unserved_by_triton(y0.dtype, y0.shape[3])
+    if most_modes is not None and y0.shape[1] > most_modes:
+        unserved = f"the Triton kernels serve at most {most_modes} modes, not {y0.shape[1]}"
     if solver not in FSAL:
         unserved = f"the Triton kernels serve {', '.join(FSAL)}, not {solver}"
     backend, _ = choose_backend(op, requested, y0.device, unserved=unserved)

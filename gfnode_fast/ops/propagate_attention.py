@@ -75,7 +75,7 @@ def propagate_attention(
     """
     op = "propagate_attention"
     _check(op, y0, key, query_bias, weight, bias, times)
-    backend = choose_solve(op, backend, y0, solver, max_attempts, y0.shape[1] <= LARGEST_M)
+    backend = choose_solve(op, backend, y0, solver, max_attempts, LARGEST_M)
     dynamics = (key, query_bias, weight, bias)
     if backend == "torch":
         rhs = GeneralRHS(_published(*dynamics), _derivative, dynamics)

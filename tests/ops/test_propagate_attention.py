@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.kernels import propagate_attention_launch as launch
+from gfnode_fast.ops import dispatch
 from gfnode_fast.ops.joint_status import DONE, check_joint_status
 from gfnode_fast.ops.propagate_attention import propagate_attention
 from gfnode_fast.solvers.errors import SolverError
@@ -215,3 +216,9 @@ def test_what_triton_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="on cpu, where Triton has only its interpreter"):
         given = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in arguments().items()}
         propagate_attention(**given)
+
+
+def test_auto_leaves_more_modes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "choose_automatically", lambda device: ("triton", "a row"))
+    inputs, times = problem(modes=17, batch=1)
+    assert torch.equal(solve(times, "auto")(*inputs), solve(times, "torch")(*inputs))
