@@ -84,9 +84,15 @@ def test_c1_computes_what_u1_does(model: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["encoder", "decoder", "propagation"])
-def test_c1_compiled_has_every_gradient(op: str) -> None:
-    """Gradients in positions too, which inductor's default fusion loses in EGNN layers."""
+@pytest.mark.parametrize("op", ["decoder", "solve"])
+def test_c1_compiled_has_every_gradient(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients in positions too, which inductor's default fusion loses in EGNN layers.
+
+    The encoder's layers are the decoder's, the vectors' solve is the features'; three stages
+    generate the code of six in half the time.
+    """
+    published = inputs.model_config
+    monkeypatch.setattr(inputs, "model_config", lambda row: published(row) | {"solver": "bosh3"})
     row = Row(op, "backward", 2, molecule="ethanol")
     actual = make_task("C1", row, CPU).values()
     errors = compare(actual, make_task("U1", row, CPU).values())
