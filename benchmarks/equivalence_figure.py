@@ -34,19 +34,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
         result["variants"].items(), COLOURS, STYLES, strict=False
     ):
         left.plot(steps, found["mean"], style, color=colour, linewidth=1, label=f"ours, {name}")
-        right.plot(steps, found["distance"], style, color=colour, linewidth=1, label=name)
+        right.plot(steps, found["distance"], style, color=colour, linewidth=1)
     right.axhline(1, color=GREY, linewidth=1)
     right.annotate("spread: std over the seeds", (steps[-1], 1), (0, 3), textcoords="offset points",
                    ha="right", fontsize=8, color=GREY)  # fmt: skip
     left.set_yscale("log")
-    right.set_yscale("log")
+    right.set_yscale("log", nonpositive="mask")  # equal bits have no place on it
     left.set_ylabel("training loss, Å²")
     right.set_ylabel("distance from the same seed / spread")
     for axis in (left, right):
         axis.set_xlabel("step")
         axis.grid(True, alpha=0.25)
     left.legend(frameon=False)
-    right.legend(frameon=False, loc="center right")
     figure.suptitle(
         f"{size['sample']}, {size['windows']} windows, B = {size['batch']}, lr {size['lr']:g}",
         weight="bold",
