@@ -77,7 +77,7 @@ def _explain(
         before = time[-2], step[-2]
         end, _ = solve.attempt(*before, y[-2], k[-2], *parameters)
         check_molecules(solve.method, end, *before, time[-2] < last)
-    refuse_step(solve.method, time[-1], step[-1], (time[-1] < last) & ~(step[-1] > 0))
+    refuse_step(time[-1], step[-1], (time[-1] < last) & ~(step[-1] > 0))
 
 
 def solve_compiled_per_molecule(

@@ -50,12 +50,6 @@ def initial_step(
     return torch.minimum(100 * h0, h1).double()
 
 
-def error_ratio(error: Tensor, y0: Tensor, y1: Tensor, rtol: float, atol: float) -> float:
-    """RMS of the error estimate over its tolerance; a step with ratio <= 1 is accepted."""
-    tolerance = torch.maximum(y0.abs(), y1.abs()).mul_(rtol).add_(atol)
-    return rms_norm(error / tolerance).item()
-
-
 def next_step(step: float, ratio: float, order: int) -> float:
     """Size of the step after one with this error ratio; a constant of the differentiated solve."""
     if ratio == 0:

@@ -67,9 +67,7 @@ def _dense_weights(
     return weights.to(dtype), x, inside
 
 
-def _dense_weight_slopes(
-    tableau: Tableau, x: Tensor, inside: Tensor, step: float, *, is_first: bool
-) -> Tensor:
+def _dense_weight_slopes(tableau: Tableau, x: Tensor, inside: Tensor, *, is_first: bool) -> Tensor:
     """d weights / dh (B, T, J), float64, of the stages inside a step.
 
     The first step starts at 0 and has size h: weight h b(s / h). Later ones keep their size and
@@ -195,7 +193,7 @@ def _adjoint(
         by_molecule(grad_buffer, batch).copy_(pulled)
         is_first = index == 0
         if first_accepted:
-            slopes = _dense_weight_slopes(tableau, x, inside, step.size, is_first=is_first)
+            slopes = _dense_weight_slopes(tableau, x, inside, is_first=is_first)
             products = torch.bmm(grad_values, by_molecule(buffer[1:], batch).transpose(1, 2))
             grad_h += (products * slopes).sum()
         grad_buffer[-1] += grad_k

@@ -155,7 +155,7 @@ def _integrate(
         # A molecule that has arrived goes on with the size of its last step, unread.
         underflows = active & ~(time + step > time)
         if underflows.any():
-            refuse_step(method, time, step, underflows)
+            refuse_step(time, step, underflows)
         y1, stages = _attempt(method, evaluate, y, k, time, step)
         size = method.by_row(step, y).view(-1, 1, 1)
         tolerance = torch.maximum(y.abs(), y1.abs()) * method.rtol + method.atol
@@ -199,7 +199,7 @@ def check_molecules(method: Method, y: Tensor, time: Tensor, step: Tensor, of: T
         )
 
 
-def refuse_step(method: Method, time: Tensor, step: Tensor, bad: Tensor) -> None:
+def refuse_step(time: Tensor, step: Tensor, bad: Tensor) -> None:
     """Raise SolverError for the steps of the molecules in the mask `bad` (B,)."""
     rows = bad.nonzero().flatten().tolist()
     when, size = time[rows[0]].item(), step[rows[0]].item()
