@@ -111,3 +111,31 @@ def test_the_report_says_it() -> None:
         report = gfnode_fast.FourierMD(**constructor(), recompute=recompute).backend_report()
         assert report.recompute is recompute
         assert f"again in backward: {word}" in str(report)
+
+
+def test_random_activations_draw_the_same_again_in_backward() -> None:
+    num_nodes, edges = molecules(2)
+    layer = make_layer("egnn", 8, activation=nn.RReLU()).float()
+    given = cast(make_inputs(num_nodes, edges, 2, width=8), torch.float32)
+    gradients = []
+    for recompute in (False, True):
+        layer.zero_grad()
+        torch.manual_seed(0)
+        out = ours(layer, given, num_nodes, edges, backend="torch", recompute=recompute)
+        torch.manual_seed(1)
+        sum(part.square().sum() for part in out).backward()
+        gradients.append([p.grad for p in layer.parameters()])
+    for again, kept in zip(*gradients, strict=True):
+        assert relative_error(again, kept) < 1e-5
+
+
+def test_others_leave_the_generator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read() -> Tensor:
+        raise AssertionError("a captured CUDA graph cannot read the generator's state")
+
+    monkeypatch.setattr(torch, "get_rng_state", read)
+    num_nodes, edges = molecules(2)
+    layer = make_layer("egnn", 8).float()
+    given = cast(make_inputs(num_nodes, edges, 2, width=8), torch.float32)
+    out = ours(layer, given, num_nodes, edges, backend="torch", recompute=True)
+    sum(part.square().sum() for part in out).backward()

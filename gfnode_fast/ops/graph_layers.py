@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ def egnn_layer(
     def layer(state: State, sorted_fea: Tensor) -> State:
         return split_egnn(state, sorted_fea, edges, weights, activation, norm, kernels)
 
-    return _run(layer, (x, v, h), edge_fea, edges, recompute)
+    return _run(layer, (x, v, h), edge_fea, edges, recompute, activation)
 
 
 def sage_layer(
@@ -215,7 +215,7 @@ def _mean_layer(
     def layer(state: State, sorted_fea: Tensor) -> State:
         return split_mean(state, sorted_fea, edges, weights, activation, node_inputs == 2, kernels)
 
-    return _run(layer, state, edge_fea, edges, recompute)
+    return _run(layer, state, edge_fea, edges, recompute, activation)
 
 
 def _kernels(
@@ -307,6 +307,7 @@ def _run(
     edge_fea: Tensor,
     edges: Topology,
     recompute: bool,
+    activation: nn.Module,
 ) -> State:
     """`layer` on (T, n, ...) state; with `recompute`, a few copies at a time under a checkpoint."""
     sorted_fea = edge_fea.index_select(0, edges.order)
@@ -315,7 +316,11 @@ def _run(
     if recompute and copies and torch.is_grad_enabled():
         size = max(1, RECOMPUTED_EDGES // max(edges.num_edges, 1))
         chunks = zip(x.split(size), v.split(size), h.split(size), strict=True)
-        parts = [checkpoint(layer, chunk, sorted_fea, use_reentrant=False) for chunk in chunks]
+        # The generator's state cannot be read in a captured CUDA graph; these draw nothing.
+        again = partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=type(activation) not in ACTIVATIONS
+        )
+        parts = [again(layer, chunk, sorted_fea) for chunk in chunks]
         x, v, h = (torch.cat(part) for part in zip(*parts, strict=True))
     else:
         x, v, h = layer((x, v, h), sorted_fea)
