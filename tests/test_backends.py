@@ -187,6 +187,11 @@ def test_auto_takes_triton_on_verified_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     assert parts["solve of features"].backend == "torch"
     assert "no Triton: time_mode='rope'" in parts["solve of features"].reason
     assert parts["decoder layers"].backend == "triton"
+    many = gfnode_fast.FourierMD(**constructor(num_modes=129, num_atoms=129))
+    parts = backends.choose_parts(many._request(), gpu, torch.float32, False)
+    for name in ("graph Fourier transform", "solve of features", "inverse transform"):
+        assert parts[name].backend == "torch"
+        assert "at most 128 modes, not 129" in parts[name].reason
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 
 from gfnode_fast.ops import graph_layers_triton, synthesis
 from gfnode_fast.ops.compiled_solve import check_compilable
-from gfnode_fast.ops.dispatch import choose_automatically, choose_backend, why_no_triton
+from gfnode_fast.ops.dispatch import choose_backend, why_no_triton
+from gfnode_fast.ops.graph_fourier_registered import too_many_modes
 from gfnode_fast.ops.graph_layers import PRECISIONS
 from gfnode_fast.ops.graph_layers_cpp import ACTIVATIONS, why_not_compiled
 from gfnode_fast.ops.mode_rhs_registered import unserved_by_triton
@@ -252,6 +253,8 @@ def _solve(request: Request, ode: ModeODE | None, device: torch.device, dtype: t
     if backend.backend == "auto" and device.type == "cuda":
         unserved = why_no_triton_solve(ode, request.solver_mode)
         unserved = unserved or unserved_by_triton(dtype, ode.ode_func.weights1.shape[2])
+        if request.basis == "graph":  # whose transforms the solve takes along
+            unserved = unserved or too_many_modes(ode.ode_func.weights1.shape[0])
         chosen, reason = choose_backend("GF-NODE", "auto", device, unserved=unserved)
         if chosen == "triton":
             return Part(chosen, reason)
@@ -284,7 +287,9 @@ def _transforms(request: Request, device: torch.device, dtype: torch.dtype) -> t
         return (Part("torch", "torch.fft"),) * 2
     if backend.backend in ("torch", "triton"):
         return backend, backend
-    forward = inverse = Part(*choose_automatically(device))
+    ode = next(ode for ode in request.solves.values() if ode is not None)
+    unserved = too_many_modes(ode.ode_func.weights1.shape[0])
+    forward = inverse = Part(*choose_backend("GF-NODE", "auto", device, unserved=unserved))
     if request.follows_chaotic_steps:
         forward = Part("reference", CHAOTIC)
     if device.type == "cpu":
