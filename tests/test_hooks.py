@@ -98,6 +98,21 @@ def test_a_mixture_refuses_them_too() -> None:
         model(**given)
 
 
+class Adapted(torch.nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_linear_that_does_more_is_refused() -> None:
+    model = gfnode_fast.FourierMD(**constructor())
+    mlp = model.decode_layers[0].node_net.mlp
+    mlp[0] = Adapted(mlp[0].in_features, mlp[0].out_features)
+    with pytest.raises(TypeError, match="`linear` must be an nn.Linear, .*, got Adapted"):
+        model(**inputs())
+    model.backend = "reference"
+    model(**inputs())
+
+
 class Doubled(torch.nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 2 * weight

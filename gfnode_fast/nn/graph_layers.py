@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gfnode_fast.ops.graph_layers import egnn_layer, gcn_layer, sage_layer
 from gfnode_fast.ops.graph_layers_torch import EGNNWeights, MeanWeights, MLPWeights, State
 from gfnode_fast.ops.topology import Topology
+from gfnode_fast.reference.checks import refuse
 from gfnode_fast.reference.layers import MLP, EGNNLayer, GCNLayer, SAGELayer
 
 KEPT_EDGE_BYTES = 768 * 2**20
@@ -79,6 +80,11 @@ def layers_kept(layers: nn.ModuleList, num_edges: int, dtype: torch.dtype, backe
 
 def _weights(mlp: MLP) -> MLPWeights:
     first, last = mlp.mlp[0], mlp.mlp[2]
+    for linear in (first, last):
+        if type(linear).forward is not nn.Linear.forward:  # an adapter's, for instance
+            expected = "an nn.Linear, whose weight says all that it does"
+            remedy = "put one there, or use backend='reference', which calls every module"
+            refuse(TypeError, "linear", expected, type(linear).__name__, remedy)
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)
     return MLPWeights(first.weight, first.bias, last.weight, last.bias)
