@@ -111,6 +111,10 @@ def test_a_linear_that_does_more_is_refused() -> None:
         model(**inputs())
     model.backend = "reference"
     model(**inputs())
+    slow = gfnode_fast.reference.FourierMD(**constructor())
+    slow.embedding = Adapted(2, 8)
+    with pytest.raises(TypeError, match="`model.embedding` must be an nn.Linear, .*, got Adapted"):
+        gfnode_fast.accelerate(slow)
 
 
 class Doubled(torch.nn.Module):

@@ -135,7 +135,8 @@ def accelerate(
         `forward` is an `AcceleratedForward`, with `backend_report()` and `last_solve`.
 
     Raises:
-        TypeError: not a module, or one of ours that is fast already.
+        TypeError: not a module, one of ours that is fast already, or with another module where
+            the published model has an nn.Linear.
         ValueError: accelerated already; names what is missing of the published attributes and
             state_dict; arguments that `FourierMD` refuses.
         RuntimeError: a backend that is not there; in `forward`, a submodule or parameter replaced,
@@ -259,10 +260,16 @@ def _check_state(model: nn.Module, fast: FourierMD) -> None:
 
 
 def _table_of(model: nn.Module, name: str, like: nn.Module) -> dict[str, nn.Parameter | None]:
-    table = model.get_submodule(name)._parameters
+    module = model.get_submodule(name)
+    if isinstance(like, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"accelerate: `model.{name}` must be an nn.Linear, whose weight says all that it does, "
+            f"got {type(module).__name__}; put one there first"
+        )
+    table = module._parameters
     if missing := sorted(set(like._parameters) - set(table)):
         raise ValueError(
             f"accelerate: `model.{name}` must hold {missing[0]}, got "
-            f"{type(model.get_submodule(name)).__name__} without; remove parametrizations first"
+            f"{type(module).__name__} without; remove parametrizations first"
         )
     return table

@@ -100,6 +100,7 @@ class FourierMD(reference.FourierMD):
         TypeError, ValueError: an argument with which the published model crashes, or that
             conflicts with the others; the message names it.
         RuntimeError: a backend that is not there; in `forward`, a hook that would not run.
+            There also TypeError: a layer's linear replaced by a module with another forward.
     """
 
     def __init__(
