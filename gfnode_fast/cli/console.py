@@ -13,6 +13,8 @@ from gfnode_fast.training import Agreement, Report, Throughput, TrainEvent, Trai
 from gfnode_fast.training.metrics import OF_MOLECULE
 from gfnode_fast.training.report import MODEL, NOTHING_MOVES, PREDICTORS
 
+OK, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
+
 # Seconds between two lines of progress where there is no terminal to redraw.
 _LINE_EVERY = 10.0
 

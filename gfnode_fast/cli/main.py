@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gfnode_fast._version import __version__
-from gfnode_fast.cli import commands, console
+from gfnode_fast.cli import commands, console, data_commands
 from gfnode_fast.data import SimulationError, TrajectoryError
 from gfnode_fast.solvers import SolverError
 from gfnode_fast.training import (
@@ -40,9 +40,9 @@ _COMMANDS: dict[str, _Command] = {
     "check": commands.check_command,
 }
 _DATA_COMMANDS: dict[str, _Command] = {
-    "inspect": commands.inspect_command,
-    "simulate": commands.simulate_command,
-    "spectrum": commands.spectrum_command,
+    "inspect": data_commands.inspect_command,
+    "simulate": data_commands.simulate_command,
+    "spectrum": data_commands.spectrum_command,
 }
 
 # Commands that take the configuration of a run, and their own options beside it.
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(parsed)
     except (NonFiniteLossError, PeerLostError, SimulationError, SolverError) as error:
         console.complain(f"gfnode-fast: {error}")
-        return commands.FAILED
+        return console.FAILED
     except (ConfigError, CheckpointError, GraphMismatchError, TrajectoryError, OSError) as error:
         return _bad_input(f"gfnode-fast: {error}")
     except (ValueError, TypeError, RuntimeError) as error:
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _bad_input(f"gfnode-fast: {error}")
     except KeyboardInterrupt:
         console.complain("gfnode-fast: interrupted")
-        return commands.INTERRUPTED
+        return console.INTERRUPTED
 
 
 def _bad_input(message: str) -> int:
@@ -185,7 +185,7 @@ def _command_parser(command: _Command) -> Any:
     parser.add_function_arguments(
         command,
         as_group=False,
-        as_positional=command is not commands.simulate_command,
+        as_positional=command is not data_commands.simulate_command,
         skip={"json"},
     )
     # Added here because a bool option otherwise wants a value.
