@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import gfnode_fast
-from gfnode_fast.cli import commands, console
+from gfnode_fast.cli import commands, console, data_commands
 from gfnode_fast.cli.main import main
 from gfnode_fast.training import (
     NonFiniteLossError,
@@ -300,7 +300,7 @@ def test_simulate_passes_its_options(monkeypatch, capsys):
         progress(5, 10)
         raise RuntimeError("simulate: `tblite` must be installed, got an ImportError; install it")
 
-    monkeypatch.setattr(commands, "simulate", fake)
+    monkeypatch.setattr(data_commands, "simulate", fake)
     arguments = ["data", "simulate", "--smiles", "CCO", "--frames", "10", "--output", "x.npz"]
     assert main([*arguments, "--temperature_K", "300"]) == 2
     assert "`tblite` must be installed" in capsys.readouterr().err
