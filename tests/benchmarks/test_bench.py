@@ -276,7 +276,7 @@ def test_acceptance_dry_run(part: str, tmp_path: Path) -> None:
 
 def test_acceptance_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one here")
+        pytest.skip("a CUDA device is here; what is tested is the refusal without one")
     with pytest.raises(SystemExit):
         gpu_acceptance.main(["--part", "core"])
     assert "no CUDA device" in capsys.readouterr().err
