@@ -9,6 +9,7 @@ from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
 from gfnode_fast.ops.graph_layers import egnn_layer, gcn_layer, sage_layer
 from gfnode_fast.ops.graph_layers_torch import EGNNWeights, MeanWeights, MLPWeights
 from gfnode_fast.ops.joint_status import check_joint_status
+from gfnode_fast.ops.matrix_function import matrix_function
 from gfnode_fast.ops.mode_rhs import mode_rhs
 from gfnode_fast.ops.propagate import propagate
 from gfnode_fast.ops.propagate_attention import propagate_attention
@@ -28,6 +29,7 @@ __all__ = [
     "gcn_layer",
     "graph_fourier",
     "inverse_graph_fourier",
+    "matrix_function",
     "mode_rhs",
     "propagate",
     "propagate_attention",

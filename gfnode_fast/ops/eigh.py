@@ -55,8 +55,9 @@ def eigh_batched(
         ∂L/∂A = V (diag(∂L/∂w) + F ∘ Vᵀ ∂L/∂V) Vᵀ, symmetrised, F_ij = 1/(w_j - w_i), and 0 where
         the two are equal, |w_j - w_i| <= 8 n ε max|w|. So it is finite for repeated eigenvalues,
         and right for functions that neither depend on the choice of basis inside an eigenspace
-        nor tell its eigenvalues apart: sums of eigenvalues, projectors. V g(w) Vᵀ with g' ≠ 0 at a
-        repeated eigenvalue is not one: there the limit of (g(w_j) - g(w_i)) / (w_j - w_i) counts.
+        nor tell its eigenvalues apart: sums of eigenvalues, projectors. The gradient of V g(w) Vᵀ
+        with g' ≠ 0 at a repeated eigenvalue cannot be had from ∂L/∂w and ∂L/∂V, which do not
+        know g': take `matrix_function`, which is right there and near there.
         Once differentiable.
 
         Source: csrc/cpu/eigh.h and csrc/cuda/eigh.cu; gradient: Giles, "Collected matrix
