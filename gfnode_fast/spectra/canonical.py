@@ -97,17 +97,44 @@ def _canonical(w: Tensor, V: Tensor, inside: Tensor, spaces: Tensor) -> Tensor:
     codes = torch.maximum(codes, codes.mT)
     place = canonical_order(codes, inside.sum(dim=1)).argsort(dim=1)
 
-    basis = torch.zeros_like(V)
-    for k in range(n):
-        same = spaces == spaces[:, k, None]
-        own, done = V * same[:, None, :], basis * same[:, None, :]
-        remaining = own.square().sum(dim=2) - done.square().sum(dim=2)
-        is_largest = remaining > remaining.amax(dim=1, keepdim=True) - SAME_ENTRY
-        pivot = torch.where(is_largest & inside, place, n).argmin(dim=1)
-        row = pivot[:, None, None].expand(batch, 1, n)
-        column = own @ own.gather(1, row).mT - done @ done.gather(1, row).mT
-        # Once more against what is there: rounding has grown by the pivot's reciprocal root.
-        column = column - done @ (done.mT @ column)
-        norm = column.square().sum(dim=1).sqrt()
-        basis[:, :, k] = torch.where(inside[:, k, None], column[:, :, 0] / norm, 0)
+    # A simple eigenvalue's vector needs no other: all at once, each as a batch entry of its own.
+    each = V.mT.reshape(batch * n, n, 1)
+    of_each = (rows.repeat_interleave(n, dim=0) for rows in (place, inside))
+    basis = _next_vector(each, each[:, :, :0], *of_each).view(batch, n, n).mT
+    numbers = torch.where(inside, spaces, n)
+    first = torch.searchsorted(numbers, numbers)
+    end = torch.searchsorted(numbers, numbers, right=True)
+    repeated = inside & (end - first > 1)
+    basis = torch.where((inside & ~repeated)[:, None, :], basis, 0).contiguous()
+    column = torch.arange(n, device=w.device)
+    # The first and last column, over the batch, of the eigenspaces that have column k.
+    lows = torch.where(repeated, first, column).amin(dim=0).tolist()
+    ends = torch.where(repeated, end, column + 1).amax(dim=0).tolist()
+    for k in repeated.any(dim=0).nonzero().flatten().tolist():
+        same = (spaces == spaces[:, k, None])[:, None, :]
+        low, high = lows[k], ends[k]
+        own, done = V[:, :, low:high] * same[:, :, low:high], basis[:, :, low:k] * same[:, :, low:k]
+        vector = _next_vector(own, done, place, inside)
+        basis[:, :, k] = torch.where(inside[:, k, None], vector, 0)
     return basis
+
+
+def _next_vector(own: Tensor, done: Tensor, place: Tensor, inside: Tensor) -> Tensor:
+    """(B, n): the canonical vector of an eigenspace after others.
+
+    Args:
+        own: (B, n, m) any basis of the eigenspace, in columns; zero columns do not matter.
+        done: (B, n, j) its canonical vectors so far.
+        place: (B, n) of each node in the canonical order.
+        inside: (B, n) which nodes there are.
+    """
+    remaining = own.square().sum(dim=2) - done.square().sum(dim=2)
+    is_largest = remaining > remaining.amax(dim=1, keepdim=True) - SAME_ENTRY
+    pivot = torch.where(is_largest & inside, place, place.shape[1]).argmin(dim=1)
+    row = pivot[:, None, None]
+    column = own @ own.gather(1, row.expand(-1, 1, own.shape[2])).mT
+    column = column - done @ done.gather(1, row.expand(-1, 1, done.shape[2])).mT
+    # Once more against what is there: rounding has grown by the pivot's reciprocal root.
+    column = column - done @ (done.mT @ column)
+    vector: Tensor = (column / column.square().sum(dim=1, keepdim=True).sqrt()).squeeze(2)
+    return vector

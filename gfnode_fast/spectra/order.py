@@ -53,8 +53,8 @@ def canonical_order(codes: Tensor, sizes: Tensor) -> Tensor:
     edges = torch.where(inside[:, :, None] & inside[:, None, :], _mixed(codes), 0)
     colours = _refined(colours, edges)
     while True:
-        counts = torch.zeros_like(colours).scatter_add_(1, colours, inside.long())
-        shared = inside & (counts.gather(1, colours) > 1)
+        shared = inside & (_count(colours, inside).gather(1, colours) > 1)
+        colours, shared = _without_twins(colours, edges, shared)
         open_graphs = shared.any(dim=1).nonzero().flatten()
         if len(open_graphs) == 0:
             break
@@ -62,6 +62,34 @@ def canonical_order(codes: Tensor, sizes: Tensor) -> Tensor:
             colours[open_graphs], edges[open_graphs], shared[open_graphs]
         )
     return colours.argsort(dim=1, stable=True)
+
+
+def _count(colours: Tensor, chosen: Tensor) -> Tensor:
+    """(B, n): how many of the chosen nodes have each colour."""
+    return torch.zeros_like(colours).scatter_add_(1, colours, chosen.long())
+
+
+def _without_twins(colours: Tensor, edges: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """Tell apart, by their numbers, twins before all other nodes that share a colour.
+
+    Twins are nodes whose exchange changes no edge: hydrogens of one carbon. A colour of nothing but
+    twins is alike for every other colour's nodes, so that choosing among them refines nothing.
+    Being twins is transitive: each is compared with the first of its colour.
+    """
+    if not shared.any():
+        return colours, shared
+    batch, n = colours.shape
+    number = torch.arange(n, device=colours.device).expand(batch, n)
+    first = torch.full_like(colours, n).scatter_reduce(1, colours, number, "amin")
+    first = first.gather(1, colours).clamp_max(n - 1)
+    alike = edges == edges.gather(1, first[:, :, None].expand(batch, n, n))
+    alike |= (number[:, None, :] == first[:, :, None]) | torch.eye(n, device=edges.device).bool()
+    others = shared & ~alike.all(dim=2)
+    is_open = shared & (_count(colours, others).gather(1, colours) > 0)
+    before = torch.where(is_open, colours, n).amin(dim=1, keepdim=True)
+    twins = shared & (colours < before)
+    earlier = (colours[:, None, :] == colours[:, :, None]).tril(-1).sum(dim=2)
+    return torch.where(twins, colours + earlier, colours), shared & ~twins
 
 
 def _individualised(colours: Tensor, edges: Tensor, shared: Tensor) -> Tensor:
@@ -128,11 +156,11 @@ def _ranks_of_pairs(first: Tensor, second: Tensor) -> Tensor:
 def _mixed(x: Tensor) -> Tensor:
     """A bijection of 64-bit integers that scatters them (the finaliser of splitmix64)."""
     x = x + -7046029254386353131
-    x = (x ^ _shifted(x, 30)) * -4658895280553007687
-    x = (x ^ _shifted(x, 27)) * -7723592293110705685
-    return x ^ _shifted(x, 31)
+    x.bitwise_xor_(_shifted(x, 30)).mul_(-4658895280553007687)
+    x.bitwise_xor_(_shifted(x, 27)).mul_(-7723592293110705685)
+    return x.bitwise_xor_(_shifted(x, 31))
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
     """Logical shift to the right."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)

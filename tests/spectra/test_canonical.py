@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.data import build_graph, load_sample
-from gfnode_fast.spectra import canonical_basis, eigenspaces, graph_spectrum, spectral_gap_report
+from gfnode_fast.spectra import (
+    canonical_basis,
+    eigenspaces,
+    graph_laplacian,
+    graph_spectrum,
+    spectral_gap_report,
+)
+from gfnode_fast.spectra import order as order_module
 from graph_shapes import batch_of, benzene, complete, laplacian, path, random, ring, star
 
 SHAPES = {
@@ -65,6 +72,28 @@ def test_renumbering_permutes_rows_up_to_symmetry(name, seed):
     if name == "random":  # without symmetry: exactly the rows
         torch.testing.assert_close(W, U[order], atol=1e-10, rtol=0)
     assert automorphism(a, b, U, W)
+
+
+def test_twins_are_ordered_as_by_trying_each(monkeypatch: pytest.MonkeyPatch):
+    """The short way gives the order that individualisation and refinement give."""
+    ethane = torch.zeros(8, 8, dtype=torch.float64)
+    ethane[0, 1:5] = ethane[5:, 1] = 1
+    methyls = torch.block_diag(star(4), ring(5), complete(3), star(4))
+    methyls[0, 5] = methyls[12, 6] = 1
+    shapes = [*SHAPES.values(), ethane + ethane.T, (methyls + methyls.T).clamp_max(1)]
+    shapes += [random(9, seed, 0.2) for seed in range(8)]
+    graphs = batch_of(shapes)
+    codes = (graph_laplacian(graphs) + 20).long()
+    fast = order_module.canonical_order(codes, graphs.sizes)
+    calls = []
+
+    def as_they_are(colours: Tensor, edges: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(shared)
+        return colours, shared
+
+    monkeypatch.setattr(order_module, "_without_twins", as_they_are)
+    assert torch.equal(order_module.canonical_order(codes, graphs.sizes), fast)
+    assert len(calls) > 1
 
 
 def test_a_batch_is_its_graphs():
