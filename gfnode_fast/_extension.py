@@ -13,19 +13,6 @@ from gfnode_fast._version import __version__
 REBUILD = "reinstall the package with GFNODE_BUILD=cpu or GFNODE_BUILD=cuda to build it"
 
 
-def require_extension(op: str) -> None:
-    """Load the extension on behalf of an operation.
-
-    Args:
-        op: name of the operation that needs it, for the message.
-
-    Raises:
-        RuntimeError: the extension was not built, does not load, or is of another version.
-    """
-    if problem := why_no_extension():
-        raise RuntimeError(f"{op}: needs the compiled extension, which is absent: {problem}")
-
-
 @functools.cache
 def why_no_extension() -> str | None:
     """Load the extension if that has not happened; None on success, else what is wrong."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from gfnode_fast.cli import console
 from gfnode_fast.cli.console import OK
 from gfnode_fast.cli.spectrum_figure import draw_spectrum
-from gfnode_fast.data import inspect_trajectory, simulate
+from gfnode_fast.data import MissingTimeStepError, inspect_trajectory, simulate
 from gfnode_fast.data.readers import Format
 from gfnode_fast.spectra import spectral_gap_report
 from gfnode_fast.training.config import DataConfig
@@ -54,8 +55,8 @@ def spectrum_command(
     """Print and draw the spectrum of a molecule's graph: which numbers of modes are safe.
 
     Args:
-        file: a trajectory, or sample:aspirin or sample:ethanol.
-        dt_fs: time between frames, fs, where the file does not say.
+        file: a trajectory, or sample:aspirin or sample:ethanol; its first frame counts.
+        dt_fs: time between frames, fs; not needed, but must agree with what the file says.
         topology: for DCD, XTC and H5 files.
         format: where the file does not tell.
         heavy_only: drop hydrogens.
@@ -65,7 +66,11 @@ def spectrum_command(
     data = DataConfig(
         file, dt_fs, topology=topology, format=format, heavy_only=heavy_only, bonds=bonds
     )
-    trajectory = read_trajectory(data)
+    try:
+        trajectory = read_trajectory(data)
+    except MissingTimeStepError:
+        # A graph does not depend on it; 1 fs only stands in.
+        trajectory = read_trajectory(replace(data, dt_fs=1.0))
     graph = molecule_graph(trajectory, data)
     draw_spectrum(graph, trajectory.positions[0], output)
     spaces = spectral_gap_report(graph.eigenvalues, 1).spaces

@@ -232,7 +232,16 @@ def test_spectrum(trajectory_file, tmp_path, capsys):
     ]  # fmt: skip
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main([*arguments, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["eigenspaces"][1]["modes"] == 2
+    found = capsys.readouterr().out
+    assert json.loads(found)["eigenspaces"][1]["modes"] == 2
+    # A graph needs no time between frames; one that contradicts the file is still refused.
+    silent = tmp_path / "silent.npz"
+    with np.load(trajectory_file) as arrays:
+        np.savez(silent, R=arrays["positions"], z=arrays["numbers"])
+    assert main([*arguments[:2], str(silent), *arguments[3:], "--json"]) == 0
+    assert capsys.readouterr().out == found
+    assert main([*arguments, "--dt_fs", "1"]) == 2
+    assert "`dt_fs` must agree with the 0.5 fs" in one_line(capsys)
 
 
 def test_sweep_modes(config_file, tmp_path, capsys):

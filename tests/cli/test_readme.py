@@ -66,7 +66,7 @@ def test_every_command_and_option_parses() -> None:
 def test_commands_have_what_extxyz_does_not_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time between frames, in every command on a trajectory but the one that looks for it."""
+    """The time between frames, in every command on a trajectory that needs it."""
     monkeypatch.chdir(tmp_path)
     for name, molecule in (
         ("run", chain_trajectory(600)),
