@@ -20,9 +20,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gfnode_fast.data.files import atomic_write
 
@@ -51,6 +51,34 @@ class Checkpoint:
             if name.startswith(prefix + ".")
         }
 
+    def load_weights(self, model: nn.Module) -> None:
+        """Give ``model``, of the run's dtype, the stored weights.
+
+        Raises:
+            CheckpointError: they are those of another model.
+        """
+        expected = model.state_dict()
+        self.check("model", expected)
+        for name in self.model.keys() - expected.keys():
+            raise self._other("model", f"no {name!r}", "it")
+        model.load_state_dict(self.model)
+
+    def check(self, part: Literal["model", "state"], expected: Mapping[str, Tensor]) -> None:
+        """Check that a part has tensors like these.
+
+        Raises:
+            CheckpointError: one is missing, or of another shape or dtype.
+        """
+        found = {"model": self.model, "state": self.state}[part]
+        for name, tensor in expected.items():
+            before = _kind(found[name]) if name in found else "none of that name"
+            if before != _kind(tensor):
+                raise self._other(part, f"{name!r} as {_kind(tensor)}", before)
+
+    def _other(self, part: str, expected: str, got: str) -> CheckpointError:
+        file = self.path.with_name(self.manifest["files"][part]["name"])
+        return _broken(file, f"of the run that {self.path.name} describes, with {expected}", got)
+
 
 def write_json(path: Path, values: object) -> None:
     """Write ``values`` as JSON, atomically."""
@@ -73,7 +101,8 @@ def write_checkpoint(
 
     Raises:
         WriteError: no space or no permission. The checkpoint that was there stands, and nothing
-            of the new one stays behind.
+            of the new one stays behind (unless the manifest that was there is damaged, so that
+            nobody knows which files are its own).
         RuntimeError: the package ``safetensors`` is not installed.
     """
     safetensors = _safetensors()
@@ -91,8 +120,13 @@ def write_checkpoint(
             files[part] = {"name": file.name, "sha256": digest}
         content = {"format": FORMAT, "version": VERSION, "files": files, **manifest}
         write_json(path, {**content, "sha256": _digest(content)})
-    finally:
-        _remove_stale(path)
+    except BaseException as error:
+        try:
+            _remove_stale(path)
+        except (CheckpointError, OSError) as second:  # what failed first is what counts
+            error.add_note(f"Nothing was tidied up: {second}")
+        raise
+    _remove_stale(path)
     return path
 
 
@@ -100,8 +134,11 @@ def _remove_stale(path: Path) -> None:
     """Remove what the manifest at ``path``, if any, does not name.
 
     Of earlier checkpoints, of a write that failed, and of a process that was killed while writing.
+
+    Raises:
+        CheckpointError: the manifest is damaged, so that nobody knows; nothing was removed.
     """
-    files = json.loads(path.read_bytes())["files"] if path.exists() else {}
+    files = _read_manifest(path)["files"] if path.exists() else {}
     current = {entry["name"] for entry in files.values()}
     name, directory = path.stem, path.parent
     for stale in (*directory.glob(f"{name}-*.safetensors"), *directory.glob(f".{name}*.tmp")):
@@ -143,17 +180,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     from safetensors import SafetensorError
 
     path = find_checkpoint(path)
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise _broken(path, "JSON", f"{error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise _broken(path, f"a manifest of format {FORMAT!r}", "another kind of file")
-    if manifest.get("version") != VERSION:
-        raise _broken(path, f"of version {VERSION}", f"version {manifest.get('version')!r}")
-    digest = manifest.pop("sha256", None)
-    if digest != _digest(manifest):
-        raise _broken(path, f"of SHA-256 {str(digest)[:16]}…", f"{_digest(manifest)[:16]}…")
+    manifest = _read_manifest(path)
     parts = {}
     for part in ("model", "state"):
         entry = manifest["files"][part]
@@ -169,6 +196,25 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         except SafetensorError as error:
             raise _broken(file, "a safetensors file", f"{error}") from error
     return Checkpoint(path, parts["model"], parts["state"], manifest)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _broken(path, "JSON", f"{error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise _broken(path, f"a manifest of format {FORMAT!r}", "another kind of file")
+    if manifest.get("version") != VERSION:
+        raise _broken(path, f"of version {VERSION}", f"version {manifest.get('version')!r}")
+    digest = manifest.pop("sha256", None)
+    if digest != _digest(manifest):
+        raise _broken(path, f"of SHA-256 {str(digest)[:16]}…", f"{_digest(manifest)[:16]}…")
+    return manifest
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}".removeprefix("torch.")
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

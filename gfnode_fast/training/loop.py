@@ -339,7 +339,7 @@ class _Run:
                 f"({stored_device}), got {self.device.type}; resume it on such a machine"
             )
         self._warn_if_bits_may_differ(checkpoint)
-        self.model.load_state_dict(checkpoint.model)
+        checkpoint.load_weights(self.model)
         self.step.restore(checkpoint)
         self.position = _Position(**checkpoint.manifest["position"])
         torch.set_rng_state(checkpoint.state["random.cpu"])

@@ -202,7 +202,17 @@ class BatchStep:
         return optimizer_groups(self._optimizer)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Inverse of `tensors` and `groups`, from the checkpoint that they were written to."""
+        """Inverse of `tensors` and `groups`, from the checkpoint that they were written to.
+
+        Raises:
+            CheckpointError: it holds tensors of another run.
+        """
+        expected = self.tensors()
+        for k, parameter in enumerate(self._model.parameters()):
+            moments = (f"optimizer.{k}.exp_avg", f"optimizer.{k}.exp_avg_sq")
+            # None yet before the first step, or without a gradient.
+            expected |= {name: parameter for name in moments if name in checkpoint.state}
+        checkpoint.check("state", expected)
         restore_optimizer(
             self._optimizer,
             checkpoint.section("optimizer"),

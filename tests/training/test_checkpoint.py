@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -13,15 +12,14 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
+from forged_checkpoint import forge
 from full_disk import FullDisk, no_file_larger_than
 from gfnode_fast.data import WriteError
 from gfnode_fast.training.checkpoint import (
     CheckpointError,
-    _digest,
     find_checkpoint,
     read_checkpoint,
     write_checkpoint,
-    write_json,
 )
 
 
@@ -101,6 +99,25 @@ def test_a_disk_full_at_any_call_leaves_the_old_checkpoint_and_nothing_else(tmp_
                 write(tmp_path, 2)
         # The last call comes after the manifest's rename.
         assert contents(tmp_path) == (after if at == len(disk.calls) - 1 else before)
+
+
+@pytest.mark.parametrize("manifest", [b"{", b"[]", None])
+def test_a_full_disk_beside_a_damaged_manifest_is_said_and_nothing_is_lost(
+    tmp_path, monkeypatch, manifest
+):
+    path = write(tmp_path, 1)
+    whole = path.read_bytes()
+    damaged = whole.replace(b"model.safetensors", b"model.safetensorz")  # names another file
+    path.write_bytes(damaged if manifest is None else manifest)
+    with monkeypatch.context() as patch:
+        FullDisk(patch, at=6)  # the second file
+        with pytest.raises(WriteError, match="No space left") as caught:
+            write(tmp_path, 2)
+    assert "Nothing was tidied up: checkpoint: `" in caught.value.__notes__[0]
+    path.write_bytes(whole)
+    assert read_checkpoint(path).manifest["config"] == {"value": 1}
+    write(tmp_path, 3)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_files_that_may_not_grow_leave_the_old_checkpoint(tmp_path):
@@ -202,15 +219,12 @@ def test_foreign_files_are_refused_and_their_code_never_run(tmp_path, monkeypatc
         with pytest.raises(CheckpointError, match=r"must be JSON, got"):
             read_checkpoint(file)
         Path(file).write_bytes(stood)
-    # Even where somebody made the manifest fit.
-    (file,) = Path("run").glob("*.model.safetensors")
-    file.write_bytes(content)
-    manifest = json.loads(path.read_bytes())
-    manifest["files"]["model"]["sha256"] = hashlib.sha256(content).hexdigest()
-    del manifest["sha256"]
-    write_json(path, manifest | {"sha256": _digest(manifest)})
+    forge(path, "model", content)
     if b"another.weight" in content:
-        assert list(read_checkpoint("run").model) == ["another.weight"]
+        model = torch.nn.ParameterDict({"w": torch.zeros(3, 2)})
+        message = r"`run/last-.*model.* must be of .* 'w' as float32 of .*got none of that name"
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint("run").load_weights(model)
     else:
         with pytest.raises(CheckpointError, match=r"model.* must be a safetensors file"):
             read_checkpoint("run")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import reliability, report
+from forged_checkpoint import forge
 from full_disk import FullDisk, no_file_larger_than
 from gfnode_fast.cli.main import main
 from gfnode_fast.data import Trajectory, TrajectoryError, WriteError
@@ -152,9 +153,26 @@ def test_another_model_s_checkpoint_is_refused(
     next((tmp_path / "run").glob("last-*.model.*")).write_bytes(foreign)
     with pytest.raises(CheckpointError, match=r"must be of SHA-256"):
         train(config, resume=True)
+    forge(tmp_path / "run" / "last.json", "model", foreign)
+    other = r"`.*run/last-.*model.* with '.*' as float32 of shape .*12.*, got float32 of .*8"
+    for use in (lambda: train(config, resume=True), lambda: load_model(tmp_path / "run")):
+        with pytest.raises(CheckpointError, match=other):
+            use()
     for file in finished_run.glob("last*"):
         (tmp_path / "run" / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ConfigError, match=r"model\.hidden_nf: 8 -> 12"):
+        train(config, resume=True)
+
+
+def test_another_model_s_optimiser_is_refused(
+    finished_run: Path, trajectory_file: Path, tmp_path: Path
+) -> None:
+    config = small_config(trajectory_file, tmp_path / "run", model={"hidden_nf": 12})
+    train(replace(config, max_steps=2))
+    foreign = next(finished_run.glob("last-*.state.*")).read_bytes()
+    forge(tmp_path / "run" / "last.json", "state", foreign)
+    other = r"`.*run/last-.*state.* with 'optimizer.*' as float32 of .*12.*, got float32 of .*8"
+    with pytest.raises(CheckpointError, match=other):
         train(config, resume=True)
 
 
