@@ -29,8 +29,9 @@ from gfnode_fast.training import (
 )
 from gfnode_fast.training.config import DataConfig
 from gfnode_fast.training.demo import REQUIRED_IMPROVEMENT
-from gfnode_fast.training.problem import load_problem, read_trajectory
+from gfnode_fast.training.problem import load_problem
 from gfnode_fast.training.ranks import is_first_process
+from gfnode_fast.training.trained import model_for_trajectory
 
 
 def demo_command(output: str = "runs/demo") -> int:
@@ -136,7 +137,8 @@ def evaluate_command(
 
     Args:
         run: directory of a run (its best checkpoint, else its last), or best.json or last.json.
-        molecule: name, or number from 0, of one of several; default: all of them.
+        molecule: name, or number from 0, of one of several; default: that of the trajectory, or
+            all of them.
         trajectory: another trajectory of the same molecule.
         dt_fs: time between its frames, fs, where the file does not say.
         split: the windows to evaluate on.
@@ -207,11 +209,7 @@ def predict_command(
     starts, ahead = _integers("predict", "start", start), _integers("predict", "times", times)
     models = load_models(run, device=device)
     if trajectory is not None:
-        heavy_only = next(iter(models.values())).config.data.heavy_only
-        if molecule is not None:
-            heavy_only = choose_model(models, molecule).config.data.heavy_only
-        frames = read_trajectory(DataConfig(trajectory, dt_fs, heavy_only=heavy_only))
-        trained = choose_model(models, molecule, numbers=frames.numbers.tolist())
+        trained, frames = model_for_trajectory(models, trajectory, dt_fs=dt_fs, molecule=molecule)
         data = trained.config.data
         first = frames.starts()[:1]
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gfnode_fast.data import WindowDataset, Windows
+from gfnode_fast.data import Trajectory, WindowDataset, Windows
 from gfnode_fast.nn import FourierMD
 from gfnode_fast.training.checkpoint import CheckpointError
 from gfnode_fast.training.geometry import (
@@ -38,7 +38,12 @@ from gfnode_fast.training.report import (
     Report,
     distribution,
 )
-from gfnode_fast.training.trained import TrainedModel, choose_model, load_models
+from gfnode_fast.training.trained import (
+    TrainedModel,
+    choose_model,
+    load_models,
+    model_for_trajectory,
+)
 
 HORIZON_BINS = 12
 SPLITS = ("train", "val", "test")
@@ -61,8 +66,9 @@ def evaluate(
 
     Args:
         run: a run's directory (its best checkpoint, else its last), a manifest, or a loaded model.
-        molecule: the one that is meant, in a run of several, by name or number; default: each, in
-            ``molecules`` of the report, and all together.
+        molecule: the one that is meant, in a run of several, by name or number; default: that
+            whose atoms ``trajectory`` has; without one each, in ``molecules`` of the report, and
+            all together.
         trajectory: another trajectory of the same molecule; default: the one trained on. Windows
             are drawn from it as configured for the training.
         dt_fs: time between frames, where that file does not say.
@@ -100,10 +106,14 @@ def evaluate(
         models = {"": run}
     else:
         models = load_models(run, device=device)
-        if molecule is not None or trajectory is not None:
-            models = {"": choose_model(models, molecule)}
+    frames = None
+    if trajectory is not None:
+        trained, frames = model_for_trajectory(models, trajectory, dt_fs=dt_fs, molecule=molecule)
+        models = {"": trained}
+    elif molecule is not None:
+        models = {"": choose_model(models, molecule)}
     tallies = {
-        name: _Tally(_problem(trained, trajectory, dt_fs), split, trained, batch_size)
+        name: _Tally(_problem(trained, frames), split, trained, batch_size)
         for name, trained in models.items()
     }
     sources = {
@@ -116,13 +126,11 @@ def evaluate(
     return dataclasses.replace(together, molecules=single)
 
 
-def _problem(trained: TrainedModel, trajectory: str | Path | None, dt_fs: float | None) -> Problem:
+def _problem(trained: TrainedModel, trajectory: Trajectory | None) -> Problem:
     data = trained.config.data
     if trajectory is not None:
-        data = dataclasses.replace(
-            data, trajectory=str(trajectory), dt_fs=dt_fs, format=None, split_file=None
-        )
-    problem = load_problem(data, stored_graph=trained.graph)
+        data = dataclasses.replace(data, split_file=None)  # it names frames of the training's
+    problem = load_problem(data, stored_graph=trained.graph, trajectory=trajectory)
     check_time_step("evaluate", trained.dt_fs, problem.trajectory)
     if trajectory is None and problem.hashes != trained.data_hashes:
         changed = [k for k, digest in problem.hashes.items() if digest != trained.data_hashes[k]]

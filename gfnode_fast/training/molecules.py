@@ -70,7 +70,7 @@ class Molecules:
         problems: by name.
 
     Raises:
-        ConfigError: trajectories of several time steps.
+        ConfigError: trajectories of several time steps; more modes than a molecule has atoms.
         CheckpointError: data that have changed since the checkpoint.
     """
 
@@ -83,6 +83,7 @@ class Molecules:
             for name, data in config.data.by_molecule().items()
         }
         _check_time_steps(self.problems)
+        _check_modes(config, self.problems)
         for name, molecule in stored.items():
             _check_unchanged(name if self.is_mixed else None, molecule, self.problems[name])
 
@@ -156,6 +157,21 @@ def _check_time_steps(problems: Mapping[str, Problem]) -> None:
         raise ConfigError(
             f"config: `data.molecules` must have one time between frames, got {found} fs; times "
             "and velocities are counted in frames: use frames of one spacing"
+        )
+
+
+def _check_modes(config: TrainConfig, problems: Mapping[str, Problem]) -> None:
+    model = config.model
+    name, smallest = min(problems.items(), key=lambda item: item[1].trajectory.num_atoms)
+    num_atoms = smallest.trajectory.num_atoms
+    most = num_atoms // 2 + 1 if model.fourier_basis == "linear" else num_atoms
+    if model.num_modes > most:
+        which, remedy = "the molecule", "lower it"
+        if config.data.is_mixed:
+            which, remedy = f"{name}, the smallest molecule", "lower it, or leave that molecule out"
+        raise ConfigError(
+            f"config: `model.num_modes` must be at most {most} for the {num_atoms} atoms of "
+            f"{which}, got {model.num_modes}; {remedy}"
         )
 
 

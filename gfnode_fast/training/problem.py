@@ -113,7 +113,12 @@ def molecule_graph(trajectory: Trajectory, data: DataConfig) -> MolecularGraph:
     )
 
 
-def load_problem(data: DataConfig, *, stored_graph: MolecularGraph | None = None) -> Problem:
+def load_problem(
+    data: DataConfig,
+    *,
+    stored_graph: MolecularGraph | None = None,
+    trajectory: Trajectory | None = None,
+) -> Problem:
     """Read, draw and hash.
 
     Args:
@@ -121,10 +126,11 @@ def load_problem(data: DataConfig, *, stored_graph: MolecularGraph | None = None
         stored_graph: the graph of a checkpoint. It is used in place of the new one (eigenvectors
             are determined up to sign, and up to rotation where eigenvalues coincide, so another
             machine may find others), after :func:`check_graph`.
+        trajectory: in place of the one that ``data`` names.
 
     Deterministic for a given file and configuration; global random state is not touched.
     """
-    trajectory = read_trajectory(data)
+    trajectory = read_trajectory(data) if trajectory is None else trajectory
     graph = molecule_graph(trajectory, data)
     if stored_graph is not None:
         check_graph(stored_graph, graph)
@@ -172,12 +178,6 @@ def build_model(config: TrainConfig, num_atoms: int, *, backend: str | None = No
     if backend is not None:
         precision = model.precision if backend == "triton" else "fp32"
         model = replace(model, backend=backend, precision=precision)
-    if model.num_modes > num_atoms:
-        raise ConfigError(
-            f"config: `model.num_modes` must be at most the number of atoms ({num_atoms}"
-            f"{', of the smallest molecule' if config.data.is_mixed else ''}), "
-            f"got {model.num_modes}; lower it"
-        )
     kind = GFNODE if config.data.is_mixed else FourierMD
     return kind(
         in_node_nf=NODE_FEATURES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,8 +24,10 @@ class ModeResult:
 
     Attributes:
         num_modes: M.
-        cuts, gap: whether M cuts an eigenspace, and the gap after mode M (None: all modes taken).
-        mse, mse_last: of the test windows, Å² per coordinate, at all times and at the last.
+        cuts, gap: whether M cuts an eigenspace, and the gap after mode M (None: all modes taken);
+            of several molecules, whether it does so of any, and the smallest gap.
+        mse, mse_last: of the test windows (of all molecules together), Å² per coordinate, at all
+            times and at the last.
         nothing_moves: the same error of the start frame kept.
         step_seconds: wall-clock time of a training step, validations and writing included.
         steps: training steps made.
@@ -52,7 +55,7 @@ def sweep_modes(
     Args:
         config: of every run but for ``model.num_modes``; run M is made in ``output/modes-M``. A
             run that is there already is resumed, and costs nothing where it was completed.
-        modes: numbers of modes, each from 1 to the number of atoms.
+        modes: numbers of modes, each from 1 to the number of atoms (of the smallest molecule).
         progress: as of :func:`train`.
         found: called with each result as it comes.
 
@@ -69,12 +72,16 @@ def sweep_modes(
             "sweep-modes: `model.fourier_basis` must be graph, got a model without graph modes; "
             "leave model.fourier_basis and model.no_fourier out"
         )
-    graph = molecule_graph(read_trajectory(config.data), config.data)
-    bad = [m for m in modes if not 1 <= m <= graph.num_atoms]
+    graphs = {
+        name: molecule_graph(read_trajectory(data), data)
+        for name, data in config.data.by_molecule().items()
+    }
+    name, smallest = min(graphs.items(), key=lambda item: item[1].num_atoms)
+    bad = [m for m in modes if not 1 <= m <= smallest.num_atoms]
     if bad or len(set(modes)) != len(modes) or not modes:
         raise ConfigError(
-            f"sweep-modes: `modes` must be different numbers from 1 to {graph.num_atoms}, the "
-            f"atoms, got {list(modes)}; correct them"
+            f"sweep-modes: `modes` must be different numbers from 1 to {smallest.num_atoms}, the "
+            f"atoms of {name}, got {list(modes)}; correct them"
         )
     results = []
     for num_modes in modes:
@@ -84,11 +91,12 @@ def sweep_modes(
         if trained.status == "interrupted":
             break
         report = evaluate(output, device=config.device)
-        gap = spectral_gap_report(graph.eigenvalues, num_modes)
+        gaps = [spectral_gap_report(graph.eigenvalues, num_modes) for graph in graphs.values()]
+        gap = min(report.gap for report in gaps)
         result = ModeResult(
             num_modes=num_modes,
-            cuts=gap.cuts,
-            gap=None if num_modes == graph.num_atoms else gap.gap,
+            cuts=any(report.cuts for report in gaps),
+            gap=None if math.isinf(gap) else gap,
             mse=report.mse[MODEL],
             mse_last=report.mse_last[MODEL],
             nothing_moves=report.mse[NOTHING_MOVES],

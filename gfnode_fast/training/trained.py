@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 
-from gfnode_fast.data import MolecularGraph
+from gfnode_fast.data import MolecularGraph, Trajectory
+from gfnode_fast.data.readers import detect_format
 from gfnode_fast.nn import FourierMD
 from gfnode_fast.training.checkpoint import read_checkpoint
-from gfnode_fast.training.config import TrainConfig, config_from_dict
+from gfnode_fast.training.config import DataConfig, TrainConfig, config_from_dict
 from gfnode_fast.training.molecules import stored_molecules
-from gfnode_fast.training.problem import build_model, resolve_device, torch_dtype
+from gfnode_fast.training.problem import (
+    build_model,
+    read_trajectory,
+    resolve_device,
+    torch_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,10 @@ def load_models(
     ):
         own = replace(config, data=data)
         with torch.random.fork_rng(devices=[]):
-            model = build_model(own, molecule.num_atoms, backend=backend)
-        model.load_state_dict(checkpoint.model)
+            model = build_model(own, molecule.num_atoms, backend=backend).to(place, dtype)
+        checkpoint.load_weights(model)
         models[name] = TrainedModel(
-            model=model.to(place, dtype).eval(),
+            model=model.eval(),
             graph=molecule.graph,
             config=own,
             dt_fs=molecule.dt_fs,
@@ -134,15 +140,70 @@ def choose_model(
         return models[names[molecule]]
     if isinstance(molecule, str) and molecule in models:
         return models[molecule]
+    fitting = names
     if molecule is None:
-        fitting = [
-            name
-            for name, model in models.items()
-            if numbers is None or model.graph.numbers.tolist() == list(numbers)
-        ]
-        if len(names) == 1 or len(fitting) == 1:
-            return models[(fitting or names)[0]]
-    raise ValueError(
+        if len(names) > 1 and numbers is not None:
+            fitting = [name for name in names if _has_atoms(models[name], numbers)]
+        if len(fitting) == 1:
+            return models[fitting[0]]
+    raise _unclear(names, molecule, numbers, fitting)
+
+
+def model_for_trajectory(
+    models: Mapping[str, TrainedModel],
+    path: str | Path,
+    *,
+    dt_fs: float | None = None,
+    molecule: str | int | None = None,
+) -> tuple[TrainedModel, Trajectory]:
+    """The one of a run's models whose atoms a trajectory has, and the trajectory.
+
+    Args:
+        models: of :func:`load_models`; a single one is taken whatever the atoms.
+        path: a file or sample. It is read as the training's: without hydrogens where those were
+            dropped, and with its topology where the format needs one.
+        dt_fs: time between frames, fs, where the file does not say.
+        molecule: the one that is meant, as of :func:`choose_model`, in place of asking the atoms.
+
+    Raises:
+        ValueError: none or several of the models have the atoms; a molecule that the run does not
+            have; as :func:`gfnode_fast.data.load_trajectory`.
+    """
+    if molecule is not None:
+        models = {"": choose_model(models, molecule)}
+    read: dict[tuple[bool, str | None], Trajectory] = {}
+    fitting: dict[str, tuple[TrainedModel, Trajectory]] = {}
+    for name, model in models.items():
+        data = model.config.data
+        topology = data.topology
+        if topology is not None and detect_format(path) != "mdtraj":
+            topology = None  # such files name their atoms
+        how = (data.heavy_only, topology)
+        if how not in read:
+            asked = DataConfig(str(path), dt_fs, topology=topology, heavy_only=data.heavy_only)
+            read[how] = read_trajectory(asked)
+        if len(models) == 1 or _has_atoms(model, read[how].numbers.tolist()):
+            fitting[name] = model, read[how]
+    if len(fitting) != 1:
+        first = next(iter(read.values())).numbers.tolist()
+        raise _unclear(list(models), None, first, list(fitting))
+    return next(iter(fitting.values()))
+
+
+def _has_atoms(model: TrainedModel, numbers: Sequence[int]) -> bool:
+    return model.graph.numbers.tolist() == list(numbers)
+
+
+def _unclear(
+    names: list[str],
+    molecule: str | int | None,
+    numbers: Sequence[int] | None,
+    fitting: list[str],
+) -> ValueError:
+    got = repr(molecule)
+    if numbers is not None:
+        got += f" and the atoms {list(numbers)}, those of {' and '.join(fitting) or 'none of them'}"
+    return ValueError(
         f"load_model: `molecule` must be one of {', '.join(names)}, or its number from 0, got "
-        f"{molecule!r}; name the one that is meant"
+        f"{got}; name the one that is meant"
     )

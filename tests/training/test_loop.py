@@ -536,7 +536,10 @@ def test_adamw_decays_apart_from_the_gradient(trajectory_file, tmp_path):
 
 def test_double_precision(trajectory_file, tmp_path):
     train(small_config(trajectory_file, tmp_path / "run", optim={"dtype": "float64"}, max_steps=1))
-    assert load_model(tmp_path / "run", device="cpu").dtype == torch.float64
+    trained = load_model(tmp_path / "run", device="cpu")
+    assert trained.dtype == torch.float64
+    for key, value in read_checkpoint(tmp_path / "run").model.items():
+        assert torch.equal(trained.model.state_dict()[key], value)  # not rounded on the way
 
 
 def test_a_gpu_that_is_not_there_is_said(trajectory_file, tmp_path, monkeypatch):
@@ -547,9 +550,11 @@ def test_a_gpu_that_is_not_there_is_said(trajectory_file, tmp_path, monkeypatch)
 
 
 def test_too_many_modes_are_said(trajectory_file, tmp_path):
-    config = small_config(trajectory_file, tmp_path / "run", model={"num_modes": 4})
-    with pytest.raises(ConfigError, match="`model.num_modes` must be at most"):
-        train(config)
+    for basis, modes, most in (("graph", 4, 3), ("linear", 3, 2)):
+        model = {"num_modes": modes, "fourier_basis": basis}
+        text = f"`model.num_modes` must be at most {most} for the 3 atoms of the molecule, got"
+        with pytest.raises(ConfigError, match=text):
+            train(small_config(trajectory_file, tmp_path / "run", model=model))
 
 
 def test_modes_that_cut_an_eigenspace_are_warned_of_once(trajectory_file, tmp_path, caplog):

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from gfnode_fast.cli.main import main
+from gfnode_fast.data import Trajectory
 from gfnode_fast.nn import GFNODE
+from gfnode_fast.spectra import spectral_gap_report
 from gfnode_fast.training import (
     CheckpointError,
     ConfigError,
     DataConfig,
+    GraphMismatchError,
     config_from_dict,
     config_to_dict,
     evaluate,
@@ -25,12 +28,14 @@ from gfnode_fast.training import (
     predict_from_trajectory,
     read_metrics,
     read_report,
+    sweep_modes,
     train,
 )
 from gfnode_fast.training.checkpoint import read_checkpoint
 from gfnode_fast.training.molecules import Molecules, stored_molecules
 from gfnode_fast.training.problem import build_model
 from gfnode_fast.training.report import MODEL
+from gfnode_fast.training.trained import model_for_trajectory
 from run_comparison import assert_same_run
 from small_run import chain_trajectory, mixed_config, mixed_files, small_trajectory
 
@@ -170,12 +175,14 @@ def test_lists_that_do_not_fit_are_refused(change, text):
 
 
 def test_a_captured_step_is_of_one_molecule():
-    with pytest.raises(ConfigError, match="`capture` must be false with data.molecules"):
+    text = "`capture` must be false with data.molecules, got True; .* many: leave it out"
+    with pytest.raises(ConfigError, match=text):
         config_from_dict({"data": {"molecules": ["a"]}, "capture": True})
 
 
 def test_more_modes_than_the_smallest_molecule_has_are_refused(files, tmp_path):
-    with pytest.raises(ConfigError, match=r"atoms \(3, of the smallest molecule\), got 4"):
+    text = "at most 3 for the 3 atoms of ethanol, the smallest molecule, got 4; lower it, or leave"
+    with pytest.raises(ConfigError, match=text):
         train(mixed_config(files, tmp_path / "run", model={"num_modes": 4}))
 
 
@@ -213,11 +220,43 @@ def test_evaluate_has_every_molecule_and_all_together(finished):
 
 def test_evaluate_takes_another_trajectory_of_one_molecule(finished, tmp_path):
     chain_trajectory(320).save(tmp_path / "other.npz")
-    for unknown in (None, "²"):
-        with pytest.raises(ValueError, match="`molecule` must be one of ethanol, chain"):
-            evaluate(finished, molecule=unknown, trajectory=tmp_path / "other.npz")
+    by_atoms = evaluate(finished, trajectory=tmp_path / "other.npz")
+    assert (by_atoms.num_atoms, by_atoms.molecules) == (5, {})
     report = evaluate(finished, molecule="chain", trajectory=tmp_path / "other.npz")
-    assert (report.num_atoms, report.molecules) == (5, {})
+    assert report == by_atoms
+    with pytest.raises(ValueError, match="`molecule` must be one of ethanol, chain.* got '²'"):
+        evaluate(finished, molecule="²", trajectory=tmp_path / "other.npz")
+    with pytest.raises(GraphMismatchError, match="`numbers` must be the checkpoint's atoms"):
+        evaluate(finished, molecule="ethanol", trajectory=tmp_path / "other.npz")
+
+
+def test_atoms_of_no_or_of_two_molecules_leave_it_open(finished, files, tmp_path):
+    chain = chain_trajectory()
+    other = replace(chain, numbers=np.array([6, 6, 6, 6, 6]))
+    other.save(tmp_path / "other.npz")
+    none = r"got None and the atoms \[6, 6, 6, 6, 6\], those of none of them; name the one"
+    with pytest.raises(ValueError, match=none):
+        evaluate(finished, trajectory=tmp_path / "other.npz")
+    with pytest.raises(ValueError, match=none):
+        predict_from_trajectory(finished, other, [10], [3])
+    models = load_models(finished)
+    twice = {"a": models["chain"], "b": models["chain"]}
+    with pytest.raises(ValueError, match="those of a and b; name the one"):
+        model_for_trajectory(twice, files[1])
+
+
+def test_each_molecule_has_its_own_hydrogens(finished, tmp_path):
+    """A trajectory is read with them where the model that it may be of has them."""
+    models = load_models(finished)
+    kept = models["ethanol"]
+    data = replace(kept.config.data, heavy_only=False)
+    models["ethanol"] = replace(kept, config=replace(kept.config, data=data))
+    plain = chain_trajectory()
+    numbers, beside = np.append(plain.numbers, 1), plain.positions[:, :1] + 1.0
+    positions = np.concatenate((plain.positions, beside), axis=1)
+    Trajectory(positions=positions, numbers=numbers, dt_fs=0.5).save(tmp_path / "h.npz")
+    model, frames = model_for_trajectory(models, tmp_path / "h.npz")
+    assert (model.molecule, frames.num_atoms) == ("chain", 5)
 
 
 def test_predict_as_the_mixed_model_does(finished, files):
@@ -254,9 +293,12 @@ def test_the_command_line_finds_the_molecule(finished, files, tmp_path, capsys):
     output = tmp_path / "out.extxyz"
     assert main(["predict", str(finished), "--output", str(output)]) == 2
     assert "`molecule` must be one of ethanol, chain" in capsys.readouterr().err
-    for options in (["--molecule", "1"], ["--trajectory", files[1]]):
+    elsewhere = ["--trajectory", files[1]]
+    for options in (["--molecule", "1"], elsewhere):
         assert main(["predict", str(finished), *options, "--output", str(output)]) == 0
         assert output.read_text().startswith("5\n")
+    assert main(["evaluate", str(finished), *elsewhere, "--output", str(tmp_path)]) == 0
+    assert "GF-NODE on" not in capsys.readouterr().out
     assert main(["evaluate", str(finished), "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "GF-NODE on" in said
@@ -280,5 +322,17 @@ def test_the_command_line_trains_a_mixture(files, tmp_path, capsys):
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["data"]["molecules"][1] == {"trajectory": files[1], "train_size": 3}
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
-    assert main(["sweep-modes", "--modes", "1", *arguments]) == 2
-    assert "`data.molecules` must be left out here" in capsys.readouterr().err
+
+
+def test_a_sweep_over_modes_takes_a_mixture(finished, files, tmp_path):
+    config = mixed_config(files, tmp_path, max_steps=1)
+    all_of_ethanol, cut = sweep_modes(config, [3, 2])
+    chain = stored_molecules(read_checkpoint(finished))["chain"].graph
+    gap = spectral_gap_report(chain.eigenvalues, 3).gap
+    assert (all_of_ethanol.cuts, all_of_ethanol.gap) == (False, pytest.approx(gap))
+    assert cut.cuts
+    report = evaluate(tmp_path / "modes-3")
+    assert all_of_ethanol.mse == report.mse[MODEL]
+    assert list(report.molecules) == ["ethanol", "chain"]
+    with pytest.raises(ConfigError, match=r"from 1 to 3, the atoms of ethanol, got \[1, 4\]"):
+        sweep_modes(config, [1, 4])
