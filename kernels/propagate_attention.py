@@ -121,7 +121,7 @@ def _attention_init_kernel(
         tl.store(partial_ptr + num_tiles + program, second_square)
 
 
-@triton.jit(do_not_specialize=["attempt"])
+@triton.jit(do_not_specialize=["attempt", "max_attempts"])
 def _attention_attempt_kernel(
     key_ptr,
     query_bias_ptr,

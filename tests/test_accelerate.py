@@ -180,7 +180,10 @@ def test_sizes_set_later() -> None:
 
 
 def test_options_are_those_of_the_fast_model() -> None:
-    model = accelerate(foreign(), backend="torch", solver_mode="exact", recompute=True)
+    model = accelerate(
+        foreign(), backend="torch", solver_mode="exact", recompute=True, max_attempts=32
+    )
+    assert model.forward.fast.max_attempts == 32
     report = model.forward.backend_report()
     assert report.requested.backend == "torch"
     assert "exponentials" in report.parts["solve of features"].reason

@@ -227,6 +227,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"backend": "triton", "activation": nn.ReLU()}, TypeError, "Triton graph layers"),
         ({"precision": "tf32", "activation": nn.ReLU()}, TypeError, "Triton graph layers"),
         ({"recompute": 1}, TypeError, "`recompute`"),
+        ({"max_attempts": 0}, ValueError, "`max_attempts` must be at least 1, got 0"),
     ],
 )
 def test_refused_at_construction(

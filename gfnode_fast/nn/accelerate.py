@@ -114,6 +114,7 @@ def accelerate(
     precision: str = "fp32",
     solver_mode: SolverMode = "joint",
     recompute: bool | None = None,
+    max_attempts: int | None = None,
     **arguments: Any,
 ) -> nn.Module:
     """Give an existing model of the published kind the forward of `gfnode_fast.FourierMD`.
@@ -122,7 +123,8 @@ def accelerate(
         model: `gfnode_fast.reference.FourierMD`, or any module with the published state_dict,
             such as an instance of the authors' class. Not a wrapper around one (DDP,
             torch.compile): accelerate first, then wrap.
-        backend, precision, solver_mode, recompute: as `gfnode_fast.FourierMD` takes them.
+        backend, precision, solver_mode, recompute, max_attempts: as `gfnode_fast.FourierMD` takes
+            them.
         arguments: published constructor arguments that neither shapes nor attributes of the model
             tell. Read from attributes of the same name, unless given: activation, delta_frame,
             fourier_basis (None where nothing is transformed), no_ode, norm, num_atoms,
@@ -171,6 +173,7 @@ def accelerate(
             precision=precision,
             solver_mode=solver_mode,
             recompute=recompute,
+            max_attempts=max_attempts,
         )
     _check_state(model, fast)
     for name, module in fast.named_modules():

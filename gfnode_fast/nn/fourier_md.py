@@ -28,6 +28,7 @@ from gfnode_fast.nn.graph_layers import apply_layer, layers_kept
 from gfnode_fast.nn.hooks import refuse_hooks
 from gfnode_fast.ops.edge_differences import edge_differences
 from gfnode_fast.ops.graph_layers_torch import State
+from gfnode_fast.ops.joint_status import check_max_attempts
 from gfnode_fast.ops.propagate import check_mode_of, propagate
 from gfnode_fast.ops.propagate_registered import propagate_opaque
 from gfnode_fast.ops.topology import Topology, topology
@@ -72,6 +73,13 @@ class FourierMD(reference.FourierMD):
             steps for the whole batch; "per_molecule", adaptive steps of each molecule's own, so
             that an answer does not depend on batch mates; "exact", no solver at all, where modes do
             not interact; `fixed(step_size)`, uniform steps with a fixed-step `solver`.
+        max_attempts: of a joint solve by Triton, which launches a number of step attempts that the
+            host decides before: those after the end of the solve cost a launch each, and a solve
+            that needs more fails. None, the default, launches twice what the longest solve so far
+            took, at least 16, so that a model may become stiffer as it trains: the first solve is
+            waited for and solved again with more if need be, the failure of a later one says what
+            is launched from then on. Graphs of torch.compile launch 16 then, a captured step what
+            is known when it is captured. Values do not depend on it. No effect on other solves.
 
     Attributes:
         backend, backend_reason: what was asked for, GFNODE_BACKEND included, and how;
@@ -110,6 +118,7 @@ class FourierMD(reference.FourierMD):
         precision: str = "fp32",
         solver_mode: SolverMode = "joint",
         recompute: bool | None = None,
+        max_attempts: int | None = None,
         **kwargs: Any,
     ) -> None:
         request = requested_backend(backend)
@@ -125,6 +134,9 @@ class FourierMD(reference.FourierMD):
         self.precision = precision
         check_mode_of("GF-NODE", solver_mode, self.freq_conv.t_conv, self.backend)
         self.solver_mode = solver_mode
+        if max_attempts is not None:
+            check_max_attempts("GF-NODE", max_attempts)
+        self.max_attempts = max_attempts
         check_request(self._request())
         self.last_solve = {"freq_conv": SolveStats(), "freq_conv_x": SolveStats()}
         self._chosen: dict[tuple[object, ...], dict[str, Part]] = {}
@@ -325,6 +337,7 @@ class FourierMD(reference.FourierMD):
                 backend=backend,
                 transforms=self._transforms,
                 solver_mode=self.solver_mode,
+                max_attempts=self.max_attempts,
                 activation=self.activation,
                 beside=None if beside is None else beside.to(signal.dtype),
             )

@@ -163,6 +163,7 @@ class GFNODE(FourierMD):
                 backend=self._parts()[FEATURES if is_features else COORDINATES].backend,
                 transforms=self._transforms,
                 solver_mode=self.solver_mode,
+                max_attempts=self.max_attempts,
                 activation=self.activation,
                 beside=None if beside is None else beside.to(self.embedding.weight.dtype),
                 ptr=ptr,

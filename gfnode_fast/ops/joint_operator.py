@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.ops.dispatch import choose_backend
-from gfnode_fast.ops.joint_status import check_joint_status, finished, with_times_checked
+from gfnode_fast.ops.joint_status import (
+    check_joint_status,
+    check_max_attempts,
+    finished,
+    with_times_checked,
+)
 from gfnode_fast.ops.linear_dynamics import no_values
 from gfnode_fast.ops.mode_rhs_registered import unserved_by_triton
 from gfnode_fast.solvers.joint import solve_joint
@@ -52,8 +57,7 @@ def choose_solve(
             f"{op}: `solver` must be one of {', '.join(FSAL)} with backend='triton', got "
             f"{solver!r}; use backend='torch'"
         )
-    if max_attempts < 1:
-        raise ValueError(f"{op}: `max_attempts` must be at least 1, got {max_attempts}; raise it")
+    check_max_attempts(op, max_attempts)
     return backend
 
 
@@ -70,7 +74,8 @@ def joint_on_torch(
     status = finished(y0.device)
     if y0.numel() == 0 or times.numel() == 0:
         return no_values(y0, times, *rhs.parameters), status
-    check_joint_status(with_times_checked(status, times), op=op)
+    last = times.detach().double().amax()
+    check_joint_status(with_times_checked(status, times, last), op=op)
     values = solve_joint(rhs, y0.transpose(0, 1), times, tableau, rtol, atol)
     return values.permute(1, 0, 3, 2, 4), status
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gfnode_fast.ops.compiled_solve import compiled_solve
 from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
 from gfnode_fast.ops.graph_fourier_torch import sum_beside
+from gfnode_fast.ops.joint_status import MAX_ATTEMPTS, check_max_attempts
 from gfnode_fast.ops.mode_rhs import right_hand_side
 from gfnode_fast.ops.synthesis import serves, synthesise_solved
 from gfnode_fast.ops.triton_solve import triton_solve
@@ -41,6 +42,7 @@ def propagate(
     backend: str = "torch",
     transforms: str = "auto",
     solver_mode: SolverMode = "joint",
+    max_attempts: int | None = None,
     activation: Callable[[Tensor], Tensor] | None = None,
     beside: Tensor | None = None,
     ptr: Tensor | None = None,
@@ -52,13 +54,16 @@ def propagate(
         signal: (B, N, D, C) at time 0; (ΣN, D, C) with `ptr`.
         times: (B, T) normalised times > 0.
         eigvecs: (B, N, N) for the graph basis, else ignored; (ΣN²,) with `ptr`.
-        stats: counts evaluations and steps when given.
+        stats: counts evaluations and steps when given, and keeps what `max_attempts` follows from.
         backend: of the solve: "torch", "compiled" for torch.compile around the solver loop, or
             "triton", which takes the transforms too.
         transforms: "torch", "triton", or "auto", which takes Triton where `graph_fourier` does and
             the compiled inverse on the CPU where it serves (`synthesis`).
         solver_mode: "joint" takes the published solver's steps; "per_molecule", "exact" and
             `fixed(step_size)` are those of `gfnode_fast.solvers`.
+        max_attempts: of a joint solve by Triton, which launches a number of step attempts that the
+            host decides before. None: twice what the longest solve so far with these `stats` took,
+            at least 16; 16 without `stats` and in graphs of torch.compile. No effect elsewhere.
         activation: when given, what the model does next is done here: the result is the signal
             plus the activation of what was propagated, in one pass where it is compiled.
         beside: (T, B, W), put after the channels of each of a molecule's atoms in that result, by
@@ -76,8 +81,8 @@ def propagate(
             have; times that are not positive and finite, in a mode other than "joint".
         RuntimeError: backend="compiled" or "triton" with what it does not have (`check_compilable`,
             `check_triton_solve`).
-        SolverError: non-finite state or step underflow; with backend="triton" on a GPU from
-            `stats`, later, and until then the values are NaN.
+        SolverError: non-finite state or step underflow, or too few `max_attempts`; with
+            backend="triton" on a GPU from `stats`, later, and until then the values are NaN.
 
     Notes:
         With "joint": the published solver's accepted steps, values within rounding, gradients of
@@ -87,11 +92,16 @@ def propagate(
     check_mode_of("propagate", solver_mode, propagator.t_conv, backend)
     _check_shapes(propagator, signal, times, ptr)
     _check_beside(beside, signal, times, activation)
+    if max_attempts is not None:
+        check_max_attempts("propagate", max_attempts)
+    elif stats is None:
+        max_attempts = MAX_ATTEMPTS  # nothing is known, nor will be
     stats = SolveStats() if stats is None else stats
     transforms = "triton" if backend == "triton" else transforms
     modes = _transform(propagator, signal, eigvecs, ptr, transforms)
     if backend == "triton":
-        solved = triton_solve(propagator.t_conv, modes, times, stats, solver_mode)
+        ode = propagator.t_conv
+        solved = triton_solve(ode, modes, times, stats, solver_mode, max_attempts)
     elif backend == "compiled":
         solved = compiled_solve(propagator.t_conv, modes, times, stats, solver_mode)
     elif solver_mode != "joint":

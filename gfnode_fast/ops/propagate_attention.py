@@ -250,7 +250,7 @@ def _propagate_attention(
     values, solved = kernels.launch_attention_fwd(
         y0, dynamics, times.contiguous(), last, table, stages, settings, order, max_attempts
     )
-    record = finished(y0.device) if empty else with_times_checked(solved.record, times)
+    record = finished(y0.device) if empty else with_times_checked(solved.record, times, last)
     return values, record, *solved[1:]
 
 

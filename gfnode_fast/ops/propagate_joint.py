@@ -164,7 +164,7 @@ def _propagate_joint(
         y0, weight, slope, last, table, settings, ADAPTIVE[solver].order, max_attempts
     )
     values = kernels.launch_joint_read_fwd(solved, weight, slope, table, times, y0.shape[2])
-    record = finished(y0.device) if empty else with_times_checked(solved.record, times)
+    record = finished(y0.device) if empty else with_times_checked(solved.record, times, last)
     return values, record, *solved[1:]
 
 

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.ops.joint_operator import FSAL
-from gfnode_fast.ops.joint_status import check_joint_status
+from gfnode_fast.ops.joint_status import (
+    MAX_ATTEMPTS,
+    attempts_to_launch,
+    check_joint_status,
+    ran_out,
+)
 from gfnode_fast.ops.mode_rhs import right_hand_side
 from gfnode_fast.ops.mode_rhs_folded import fold_attention_in_time
 from gfnode_fast.ops.mode_rhs_registered import LARGEST_C
@@ -65,9 +70,18 @@ def check_triton_solve(ode: ModeODE, solver_mode: SolverMode) -> None:
 
 
 def triton_solve(
-    ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats, solver_mode: SolverMode
+    ode: ModeODE,
+    modes: Tensor,
+    times: Tensor,
+    stats: SolveStats,
+    solver_mode: SolverMode,
+    max_attempts: int | None = None,
 ) -> Tensor:
     """(M, B, D, C) at s = 0, times (B, T) → (B, T, D, M, C).
+
+    Args:
+        max_attempts: how many step attempts a joint solve launches, those after its end costing a
+            launch each; None follows what earlier solves with these `stats` took.
 
     Raises:
         RuntimeError: see `check_triton_solve`; no GPU.
@@ -76,7 +90,12 @@ def triton_solve(
             failed. On a GPU `stats` raises them (see there); until then the values are NaN.
 
     Notes:
-        Deterministic. Nothing is read on the host.
+        Deterministic: values do not depend on the number of attempts. Without `max_attempts` the
+        first joint solve with these `stats` is read on the host, where kernels are being compiled
+        anyway, and solved again with more attempts as long as it runs out of them. Later ones have
+        twice as many as the longest so far took; a GPU reads nothing on the host then, nor in a
+        captured graph, which has as many as are known when it is captured. In graphs of
+        torch.compile there are `MAX_ATTEMPTS`.
     """
     check_triton_solve(ode, solver_mode)
     rhs = right_hand_side(ode.ode_func)
@@ -86,13 +105,33 @@ def triton_solve(
         return values.permute(1, 0, 3, 2, 4)
     method = (ode.solver, ode.rtol, ode.atol)
     if isinstance(rhs, LinearRHS):
-        values, record, bad = joint_on_triton(y0, rhs.weight, rhs.slope(), times, *method)
+        solve = partial(joint_on_triton, y0, rhs.weight, rhs.slope(), times, *method)
     else:
         weight, *mixer = rhs.parameters
         folded = fold_attention_in_time(weight, y0.shape[3], *mixer)
-        values, record, bad = attention_on_triton(y0, *folded, times, *method)
-    _expect(stats, record, partial(_joint_outcome, ode.solver, y0.shape[2], bad))
+        solve = partial(attention_on_triton, y0, *folded, times, *method)
+    learns = max_attempts is None and not torch.compiler.is_compiling()
+    attempts = max_attempts or (stats.launches if learns else 0) or MAX_ATTEMPTS
+    values, record, bad = solve(attempts)
+    if learns and _may_read(record, stats):
+        while ran_out(read := record.tolist()):
+            _learn(read, stats)
+            values, record, bad = solve(stats.launches)
+        _learn(read, stats)
+    outcome = partial(_joint_outcome, ode.solver, y0.shape[2], bad, stats if learns else None)
+    _expect(stats, record, outcome)
     return values.permute(1, 0, 3, 2, 4)
+
+
+def _may_read(record: Tensor, stats: SolveStats) -> bool:
+    """Whether to wait for a solve: on the CPU, and on a GPU for the first one."""
+    if not record.is_cuda:
+        return True
+    return stats.launches == 0 and not torch.cuda.is_current_stream_capturing()
+
+
+def _learn(record: list[float], stats: SolveStats) -> None:
+    stats.launches = max(stats.launches, attempts_to_launch(record))
 
 
 def _solve_exact(rhs: LinearRHS, y0: Tensor, times: Tensor, stats: SolveStats) -> Tensor:
@@ -118,11 +157,15 @@ def _exact_outcome(report: list[float]) -> tuple[int, int, int]:
 
 
 def _joint_outcome(
-    solver: str, components: int, bad: Tensor, record: list[float]
+    solver: str, components: int, bad: Tensor, learning: SolveStats | None, record: list[float]
 ) -> tuple[int, int, int]:
     """Counts of the published solver, whose initial step costs two evaluations."""
+    if learning is not None:
+        _learn(record, learning)
     status = torch.tensor(record, dtype=torch.float64)
-    check_joint_status(status, bad, op="propagate", components=components)
+    check_joint_status(
+        status, bad, op="propagate", components=components, learns=learning is not None
+    )
     accepted, attempts = int(record[2]), int(record[5])
     evaluations = 2 + attempts * (ADAPTIVE[solver].num_stages - 1) if attempts else 0
     return evaluations, accepted, attempts - accepted

@@ -40,6 +40,10 @@ class SolveStats:
     A solve that runs on a GPU without the host reports its counts and its failure later. Reading a
     count or `wait()` waits for that and raises the failure; `reset()`, at the next solve, raises
     one that has arrived and waits for nothing.
+
+    Attributes:
+        launches: how many step attempts of a joint solve a GPU is given, from what earlier solves
+            took; 0 as long as none has reported. It grows, and no reset changes it.
     """
 
     evaluations: _Count = _Count()
@@ -48,6 +52,7 @@ class SolveStats:
     _pending: list[tuple[DeviceReport, Outcome, int]] = field(
         default_factory=list, init=False, repr=False, compare=False
     )
+    launches: int = field(default=0, init=False, compare=False)
     _solve: int = field(default=0, init=False, repr=False, compare=False)
 
     def reset(self) -> None:

@@ -18,7 +18,14 @@ from gfnode_fast.training.config_checks import ConfigError, choice, must, positi
 from gfnode_fast.training.data_config import SAMPLE_PREFIX, DataConfig
 
 # Where a run writes, when it stops and what it reports: changing these cannot change a number.
-CHANGEABLE_ON_RESUME = ("output", "max_steps", "max_seconds", "checkpoint_every", "tensorboard")
+CHANGEABLE_ON_RESUME = (
+    "output",
+    "max_steps",
+    "max_seconds",
+    "checkpoint_every",
+    "tensorboard",
+    "model.max_attempts",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class ModelConfig:
     precision: str = "fp32"
     solver_mode: Literal["joint", "per_molecule", "exact"] = "joint"
     recompute: bool | None = None
+    max_attempts: int | None = None
 
     def __post_init__(self) -> None:
         positive_int("model.n_layers", self.n_layers)
@@ -56,6 +64,8 @@ class ModelConfig:
         choice("model.backend", self.backend, BACKENDS)
         choice("model.precision", self.precision, PRECISIONS)
         choice("model.solver_mode", self.solver_mode, ("joint", "per_molecule", "exact"))
+        if self.max_attempts is not None:
+            positive_int("model.max_attempts", self.max_attempts)
         positive("model.rtol", self.rtol)
         positive("model.atol", self.atol)
         choice(

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from gfnode_fast.kernels import propagate_joint_launch as launch
 from gfnode_fast.ops.joint_operator import FSAL
-from gfnode_fast.ops.joint_status import DONE, UNDERFLOW, check_joint_status
+from gfnode_fast.ops.joint_status import (
+    DONE,
+    MAX_ATTEMPTS,
+    RUNNING,
+    UNDERFLOW,
+    attempts_to_launch,
+    check_joint_status,
+)
 from gfnode_fast.ops.propagate_joint import polynomial_table, propagate_joint
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.solvers.tableau import ADAPTIVE
@@ -145,7 +152,7 @@ def test_the_steps_are_the_published_ones() -> None:
         assert (
             relative_error(steps[:accepted, 1], torch.tensor(sizes, dtype=torch.float64)) <= 1e-12
         )
-        with pytest.raises(SolverError, match="`max_attempts` attempts; raise it"):
+        with pytest.raises(SolverError, match="pass max_attempts="):
             solve(times, "triton", max_attempts=accepted + rejected - 1)(y0, weight)
 
 
@@ -292,11 +299,26 @@ def test_times_that_are_not_positive_are_refused(backend: str, value: float) -> 
 
 
 def test_status_is_read_later_on_a_gpu() -> None:
-    record = torch.tensor([0.25, 1e-9, 3, DONE, 1, 4, 0, 0], dtype=torch.float64)
+    record = torch.tensor([0.25, 1e-9, 3, DONE, 1, 4, 1, 0], dtype=torch.float64)
     check_joint_status(record)
     record[3] = UNDERFLOW
     with pytest.raises(SolverError, match=r"at s = 0.25 \(step 1e-09\) it .* no longer advances"):
         check_joint_status(record)
+
+
+@pytest.mark.parametrize(
+    ("record", "attempts"),
+    [
+        ([1.1, 0.5, 3, DONE, 1, 3, 1.0, 0], MAX_ATTEMPTS),
+        ([1.1, 0.1, 16, DONE, 1, 16, 1.0, 0], 32),
+        ([1.1, 0.1, 15, DONE, 1, 17, 1.0, 0], 64),
+        ([0.9, 0.1, 16, RUNNING, 1, 16, 1.0, 0], 32),  # twice as many, as always
+        ([0.2, 0.1, 16, RUNNING, 1, 16, 1.0, 0], 128),  # 80 at this pace, and a quarter more
+        ([0.0, 0.1, 0, RUNNING, 0, 16, 1.0, 0], 256),
+    ],
+)
+def test_attempts_of_the_next_solve(record: list[float], attempts: int) -> None:
+    assert attempts_to_launch(record) == attempts
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -313,6 +335,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"solver": "rk4"}, ValueError, "`solver` must be one of dopri5, bosh3"),
         ({"solver": "fehlberg2"}, ValueError, "must be one of dopri5, bosh3, dopri8 with backend="),
         ({"max_attempts": 0}, ValueError, "`max_attempts` must be at least 1, got 0"),
+        ({"max_attempts": 9.0}, TypeError, "`max_attempts` must be an int, got float"),
         ({"backend": "cuda"}, ValueError, "`backend` must be one of auto, torch, triton"),
     ],
 )

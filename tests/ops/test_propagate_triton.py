@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gfnode_fast.ops import joint_status
+from gfnode_fast.ops import triton_solve as module
 from gfnode_fast.ops.propagate import propagate
 from gfnode_fast.ops.triton_solve import check_triton_solve
 from gfnode_fast.reference.propagator import Propagator
@@ -39,6 +41,9 @@ def on(backend: str, **options: Any) -> Any:
     return call
 
 
+FEW = on("triton", max_attempts=4)  # a launch takes the interpreter long, whether it does anything
+
+
 def compare(model: Propagator, expected: Any, got: Any, **sizes: int) -> None:
     given = signals(**sizes)
     found = outputs_and_gradients(got, model, *given)
@@ -51,7 +56,7 @@ def compare(model: Propagator, expected: Any, got: Any, **sizes: int) -> None:
 @pytest.mark.parametrize("components", [1, 3])
 def test_joint_is_the_published_solve(time_mode: str, components: int) -> None:
     model = propagator(time_mode=time_mode, num_modes=2)
-    compare(model, published, on("triton"), batch=3, components=components, num_times=2)
+    compare(model, published, FEW, batch=3, components=components, num_times=2)
 
 
 @pytest.mark.parametrize("time_mode", ["none", "concat"])
@@ -60,7 +65,7 @@ def test_attention(time_mode: str) -> None:
         time_mode=time_mode, mode_interaction="attention", num_modes=2, channels=3, scale=0.5
     )
     sizes = {"batch": 2, "components": 1 if time_mode == "none" else 2, "channels": 3}
-    compare(model, published, on("triton"), num_times=2, **sizes)
+    compare(model, published, FEW, num_times=2, **sizes)
 
 
 @pytest.mark.parametrize("time_mode", ["none", "concat"])
@@ -76,12 +81,13 @@ def test_activation_and_residual(activation: torch.nn.Module) -> None:
         return signal + activation(published(model, signal, *given))
 
     model = propagator(num_modes=2)
-    compare(model, expected, on("triton", activation=activation), batch=2, num_times=2)
+    ours = on("triton", activation=activation, max_attempts=4)
+    compare(model, expected, ours, batch=2, num_times=2)
 
 
 def test_no_basis() -> None:
     model = propagator(None, num_modes=5)
-    compare(model, published, on("triton"), batch=2, num_times=1)
+    compare(model, published, FEW, batch=2, num_times=1)
 
 
 @pytest.mark.parametrize("solver_mode", ["joint", "exact"])
@@ -106,6 +112,64 @@ def test_failures_reach_the_host() -> None:
             propagate(model, signal, times, eigvecs, stats, backend="triton", solver_mode=mode)
             stats.wait()
         assert caught.value.rows == [2]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The attempts of each solve by `triton_solve`."""
+    numbers: list[int] = []
+
+    def spied(solve: Any) -> Any:
+        def call(*given: Any) -> Any:
+            numbers.append(given[-1])
+            return solve(*given)
+
+        return call
+
+    for name in ("joint_on_triton", "attention_on_triton"):
+        monkeypatch.setattr(module, name, spied(getattr(module, name)))
+    return numbers
+
+
+def test_a_stiff_solve_is_given_the_attempts_it_needs(launched: list[int]) -> None:
+    model = propagator(num_modes=1, channels=2, scale=20.0, rtol=1e-7, atol=1e-8)
+    stats = SolveStats()
+    compare(model, published, on("triton", stats=stats), batch=2, channels=2, num_times=2)
+    assert (stats.accepted, stats.rejected) == (16, 2)
+    assert launched == [16, 32]
+    assert stats.launches == 64  # of the next one
+
+
+@pytest.mark.parametrize(
+    "interaction", ["no_interaction", pytest.param("attention", marks=pytest.mark.slow)]
+)
+def test_a_solve_that_ran_out_unseen_can_be_repeated(
+    interaction: str, launched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU after the first solve; the report is read when the values are used."""
+    for place in (module, joint_status):
+        monkeypatch.setattr(place, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(joint_status, "LARGEST_RAISE", 3)
+    monkeypatch.setattr(module, "_may_read", lambda record, stats: False)
+    model = propagator(num_modes=2, channels=3, mode_interaction=interaction)
+    sizes, stats = {"batch": 2, "channels": 3, "num_times": 1}, SolveStats()
+    with pytest.raises(SolverError, match=r"; solve again \(4 will be launched\), pass max_"):
+        propagate(model, *signals(**sizes), stats, backend="triton")
+        stats.wait()
+    compare(model, published, on("triton", stats=stats), **sizes)
+    assert launched == [1, 4]
+
+
+def test_a_solve_that_ran_out_says_what_to_pass() -> None:
+    model, given = propagator(num_modes=2), signals(batch=2, num_times=1)
+    # without stats to report to, a failure on a GPU is NaN alone
+    for stats in (SolveStats(), *([None] if DEVICE.type == "cpu" else [])):
+        with pytest.raises(SolverError, match=r"1 attempts on the way to .*; pass max_.*=16, "):
+            propagate(model, *given, stats, backend="triton", max_attempts=1)
+            stats.wait()
+    for value, error in ((0, ValueError), (True, TypeError), ("16", TypeError)):
+        with pytest.raises(error, match="propagate: `max_attempts` must be"):
+            propagate(model, *given, max_attempts=value)
 
 
 class _Late:

@@ -65,6 +65,7 @@ def test_round_trip_through_plain_values(tmp_path):
         (lambda: TrainConfig(output=""), "output"),
         (lambda: TrainConfig(device="tpu"), "device"),
         (lambda: TrainConfig(max_seconds=0), "max_seconds"),
+        (lambda: ModelConfig(max_attempts=0), "model.max_attempts"),
         (lambda: TrainConfig(log_every=0), "log_every"),
     ],
 )
@@ -89,8 +90,9 @@ def test_unknown_keys_are_refused(values, name):
 def test_differences_leave_out_what_cannot_change_a_number(tmp_path):
     old = small_config(tmp_path / "a.npz", tmp_path / "one")
     same = small_config(
-        tmp_path / "a.npz", tmp_path / "two", max_steps=3, max_seconds=9.0, checkpoint_every=1
-    )
+        tmp_path / "a.npz", tmp_path / "two", max_steps=3, max_seconds=9.0, checkpoint_every=1,
+        model={"max_attempts": 64},
+    )  # fmt: skip
     assert differences(old, same) == []
     other = small_config(tmp_path / "b.npz", tmp_path / "one", optim={"lr": 0.5})
     assert [text.split(":")[0] for text in differences(old, other)] == [
