@@ -149,8 +149,9 @@ def _egnn_layer_fwd_kernel(
     offset = tl.load(coordinate2_bias_ptr)
     velocity_offset = tl.load(velocity2_bias_ptr)
     for item in range(program, num_items * num_copies, tl.num_programs(0)):
-        base = (item // num_items) * num_nodes
-        first, last = nodes_of_item(block_start_ptr, item % num_items, num_nodes, WHOLE, BLOCK_R)
+        first, last, base = nodes_of_item(
+            block_start_ptr, item, num_nodes, num_copies, WHOLE, BLOCK_R
+        )  # fmt: skip
         if WHOLE:
             for start in range(first, last, BLOCK_R):
                 node = start + r_index

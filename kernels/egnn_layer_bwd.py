@@ -189,9 +189,9 @@ def _egnn_edge_bwd_kernel(
     grad_offset = tl.zeros((BLOCK_R,), offset.dtype)
     tiles = tl.cdiv(num_edges, BLOCK_R)
     for item in range(program, tiles * num_copies, tl.num_programs(0)):
-        edge = (item % tiles) * BLOCK_R + r_index
+        edge = (item // num_copies) * BLOCK_R + r_index
         live = edge < num_edges
-        copy = item // tiles
+        copy = item % num_copies
         base = (first_copy + copy) * num_nodes
         target = base + tl.load(row_ptr + edge, mask=live, other=0)
         source = base + tl.load(col_ptr + edge, mask=live, other=0)

@@ -19,6 +19,7 @@ from gfnode_fast.kernels.row_products_launch import (
     MODES,
     PER_MULTIPROCESSOR,
     aot_case,
+    forward_items,
     launch_row_linear,
     launch_row_outers,
     mode,
@@ -40,13 +41,13 @@ def launch_egnn_layer_fwd(
     weights: Sequence[Tensor],
     norm: bool,
     silu: bool,
-    whole: bool,
+    max_nodes: int | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns x', h', and for backward Σ m (T*n, K) and Σ r f (T*n, 3).
 
     neighbours: the fields of `gfnode_fast.ops.topology.Neighbours`. weights: four each of the
-    message, coordinate, velocity and node MLP. whole: programs own molecules, in one launch.
+    message, coordinate, velocity and node MLP. max_nodes: of a molecule, if known.
     """
     row_start, row, col, _, _, block_start = neighbours
     (rows, width), message0, depth = h.shape, weights[0], edge_fea.shape[1]
@@ -57,10 +58,10 @@ def launch_egnn_layer_fwd(
         return x_out, h_out, messages, shift
     launched = tile(mode(h, precision))
     block_r, copies = launched["BLOCK_R"], rows // num_nodes
+    whole, items = forward_items(h, block_start, num_nodes, copies, max_nodes, block_r)
     if whole:
-        items, node_products = block_start.shape[0] - 1, h.new_empty(rows, 2 * hidden)
+        node_products = h.new_empty(rows, 2 * hidden)
     else:
-        items = ceil_div(num_nodes, block_r)
         of_nodes = message0[:, 1 : 2 * width + 1]
         node_products = launch_row_linear(h, of_nodes, None, 2, hidden, precision)
     programs = num_programs(h, items * copies, PER_MULTIPROCESSOR)

@@ -41,13 +41,18 @@ def store_point(ptr, row, point, mask):
 
 @triton.jit
 def nodes_of_item(
-    block_start_ptr, item, num_nodes, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr
+    block_start_ptr, item, num_nodes, num_copies, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    """First and last node of a block, or of a tile."""
+    """First and last node of a block, or of a tile, and the copy's first row.
+
+    The copies of one block are successive items, which read the same edges at about the same time.
+    """
+    base = item % num_copies * num_nodes
+    part = item // num_copies
     if WHOLE:
-        return tl.load(block_start_ptr + item), tl.load(block_start_ptr + item + 1)
+        return tl.load(block_start_ptr + part), tl.load(block_start_ptr + part + 1), base
     else:
-        return item * BLOCK_R, tl.minimum((item + 1) * BLOCK_R, num_nodes)
+        return part * BLOCK_R, tl.minimum((part + 1) * BLOCK_R, num_nodes), base
 
 
 @triton.jit

@@ -143,8 +143,9 @@ def _mean_layer_fwd_kernel(
     r_index = tl.arange(0, BLOCK_R)
     every = r_index >= 0
     for item in range(program, num_items * num_copies, tl.num_programs(0)):
-        base = (item // num_items) * num_nodes
-        first, last = nodes_of_item(block_start_ptr, item % num_items, num_nodes, WHOLE, BLOCK_R)
+        first, last, base = nodes_of_item(
+            block_start_ptr, item, num_nodes, num_copies, WHOLE, BLOCK_R
+        )  # fmt: skip
         if WHOLE:
             for start in range(first, last, BLOCK_R):
                 mask = start + r_index < last

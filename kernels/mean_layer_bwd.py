@@ -161,9 +161,9 @@ def _mean_edge_bwd_kernel(
     acc = grad_x_ptr.dtype.element_ty
     tiles = tl.cdiv(num_nodes, BLOCK_R)
     for item in range(program, tiles * num_copies, tl.num_programs(0)):
-        node = (item % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
+        node = (item // num_copies) * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = node < num_nodes
-        base = (item // tiles) * num_nodes
+        base = (item % num_copies) * num_nodes
         row = base + node
         first, degree = edges_of_nodes(row_start_ptr, node, mask)
         first_out, degree_out = edges_of_nodes(source_start_ptr, node, mask)

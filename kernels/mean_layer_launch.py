@@ -20,6 +20,7 @@ from gfnode_fast.kernels.row_products_launch import (
     MODES,
     PER_MULTIPROCESSOR,
     aot_case,
+    forward_items,
     launch_row_linear,
     launch_row_outers,
     mode,
@@ -52,13 +53,13 @@ def launch_mean_layer_fwd(
     weights: Sequence[Tensor],
     concat: bool,
     silu: bool,
-    whole: bool,
+    max_nodes: int | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns x', v', h', and for backward c (T*n, C) and the means of act(u) (T*n, H).
 
     neighbours: the fields of `gfnode_fast.ops.topology.Neighbours`. weights: four each of the edge
-    and the node MLP. concat: GraphSAGE. whole: programs own molecules, in one launch.
+    and the node MLP. concat: GraphSAGE. max_nodes: of a molecule, if known.
     """
     row_start, _, col, _, _, block_start = neighbours
     launched = _launched(h, edge_fea, weights, concat, precision)
@@ -68,15 +69,15 @@ def launch_mean_layer_fwd(
     state, means = h.new_empty(rows, width), h.new_empty(rows, hidden)
     if rows == 0:
         return *out, state, means
+    copies, block_r = rows // num_nodes, launched["BLOCK_R"]
+    whole, items = forward_items(h, block_start, num_nodes, copies, max_nodes, block_r)
     if whole:
-        items, node_products = block_start.shape[0] - 1, h.new_empty(rows, 2 * hidden)
+        node_products = h.new_empty(rows, 2 * hidden)
     else:
-        items = ceil_div(num_nodes, launched["BLOCK_R"])
         state = torch.cat((x, v, h), dim=1)
         node_products = launch_row_linear(state, edge0, None, 2, hidden, precision)
-    copies = rows // num_nodes
     programs = num_programs(h, items * copies, PER_MULTIPROCESSOR)
-    own = h.new_empty(programs, launched["BLOCK_R"], width + launched["hidden_n"])
+    own = h.new_empty(programs, block_r, width + launched["hidden_n"])
     with on_device_of(h):
         _mean_layer_fwd_kernel[(programs,)](
             x, v, h, edge_fea, row_start, col, block_start, *weights, *out, state, means,

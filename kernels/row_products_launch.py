@@ -13,10 +13,10 @@ from gfnode_fast.kernels.launch import ceil_div, on_device_of
 from gfnode_fast.kernels.registry import AotCase, unwrap
 from gfnode_fast.kernels.row_products import _row_linear_kernel, _row_outer_kernel
 
-BLOCK_R = 64  # rows of a single product, which is all that its kernel holds
 BLOCK_C = 32  # divides 64 and 96
 OUTER_BLOCK = 64
 OUTER_BLOCK_R = 32  # 64 spills
+SHARE_R = 64  # shares of rows are multiples of it
 PER_MULTIPROCESSOR = 2  # programs with memory of their own
 INTERPRETED_PROGRAMS = 2
 INDICES = ("row_start", "row", "col", "source_start", "source_edge", "block_start")
@@ -58,17 +58,44 @@ def num_programs(tensor: Tensor, items: int, per_multiprocessor: int = 1) -> int
     return max(1, min(items, per_multiprocessor * available))
 
 
+def forward_items(
+    like: Tensor, block_start: Tensor, num_nodes: int, copies: int, max_nodes: int | None, block: int
+) -> tuple[bool, int]:
+    """Whether programs of a forward kernel own whole molecules, or tiles of `block` nodes, and how
+    many blocks or tiles there are.
+
+    Whole molecules, and so one launch, wherever as many of their programs as of the tiles' run at
+    once. Fewer would leave the GPU idle for longer than the launch saved: a tile takes some tens
+    of microseconds (a count of its loads and products, not measured), a launch a few.
+    """
+    tiles, blocks = ceil_div(num_nodes, block), block_start.shape[0] - 1
+    if max_nodes is None:
+        return False, tiles
+    filled = min(blocks, ceil_div(num_nodes, max(max_nodes, 1)))
+    of_molecules, of_tiles = (
+        num_programs(like, items * copies, PER_MULTIPROCESSOR) for items in (filled, tiles)
+    )
+    whole = of_molecules >= of_tiles
+    return whole, blocks if whole else tiles
+
+
 def launch_row_linear(
     a: Tensor, weight: Tensor, bias: Tensor | None, blocks: int, width: int, precision: str
 ) -> Tensor:
-    """a (R, K), weight (N, blocks * K) with any strides → (R, blocks * N), N = `width`."""
+    """a (R, K), weight (N, blocks * K) with any strides → (R, blocks * N), N = `width`.
+
+    In the tiles of the kernels that take the same products themselves: with 64 rows they would be
+    other instructions on sm_90 and sm_100, which need not round alike.
+    """
     rows, num_k = a.shape
     out = a.new_empty(rows, blocks * width)
+    options = tile(mode(a, precision))
     if out.numel():
+        grid = ceil_div(rows, options["BLOCK_R"]), blocks, ceil_div(width, BLOCK_C)
         with on_device_of(a):
-            _row_linear_kernel[(ceil_div(rows, BLOCK_R), blocks, ceil_div(width, BLOCK_C))](
+            _row_linear_kernel[grid](
                 a, weight, bias, out, rows, *weight.stride(), width, num_k, NUM_BLOCKS=blocks,
-                **(tile(mode(a, precision)) | {"BLOCK_R": BLOCK_R}),
+                **options,
             )  # fmt: skip
     return out
 
@@ -76,8 +103,8 @@ def launch_row_linear(
 def launch_row_outers(pairs: Sequence[tuple[Tensor, Tensor]], precision: str) -> list[Tensor]:
     """gᵀ a of each pair of (R, N) and (R, K), rows of any stride: (N, K), in one memory."""
     rows, like = pairs[0][0].shape[0], pairs[0][1]
-    shares = num_programs(like, ceil_div(rows, 4 * BLOCK_R))
-    share = BLOCK_R * ceil_div(ceil_div(rows, BLOCK_R), shares)
+    shares = num_programs(like, ceil_div(rows, 4 * SHARE_R))
+    share = SHARE_R * ceil_div(ceil_div(rows, SHARE_R), shares)
     sizes = [g.shape[1] * a.shape[1] for g, a in pairs]
     partial = like.new_empty(shares, sum(sizes))
     options = tile(mode(like, precision)) | {"BLOCK_R": OUTER_BLOCK_R}
@@ -134,7 +161,7 @@ def aot_cases() -> list[AotCase]:
     """Widths that tiles divide, and not; W with its rows dense, as it is in forward."""
     cases, whole = [], ("num_n", "num_k")
     for precision in MODES:
-        linear = {"NUM_BLOCKS": 2, "stride_k": 1, "bias_ptr": None, "BLOCK_R": BLOCK_R}
+        linear = {"NUM_BLOCKS": 2, "stride_k": 1, "bias_ptr": None}
         outer = {"BLOCK_N": OUTER_BLOCK, "BLOCK_K": OUTER_BLOCK, "BLOCK_R": OUTER_BLOCK_R}
         cases += [
             aot_case(_row_linear_kernel, "row_linear K=96", precision, linear, whole),

@@ -18,7 +18,6 @@ from gfnode_fast.ops.topology import Topology
 
 ACTIVATIONS: dict[type[nn.Module], bool] = {nn.SiLU: True, nn.Tanh: False}
 """Whether it is SiLU."""
-WHOLE_NODES = 64  # molecules up to this are a program's own; larger ones are more programs' work
 
 
 def egnn(
@@ -32,7 +31,7 @@ def egnn(
 ) -> State:
     """An EGNN layer on state (T*n, ...), edge features sorted like the edges."""
     given = _given(state, edge_fea, edges, weights)
-    form = _is_silu(activation), is_whole(edges), precision
+    form = _is_silu(activation), edges.max_nodes, precision
     x, h, _, _ = torch.ops.gfnode_fast.triton_egnn_layer(*given, norm, *form)
     return x, state[1], h
 
@@ -48,7 +47,7 @@ def mean(
 ) -> State:
     """A GraphSAGE (`concatenate_self`) or GCN layer, as `egnn`."""
     given = _given(state, edge_fea, edges, weights)
-    form = _is_silu(activation), is_whole(edges), precision
+    form = _is_silu(activation), edges.max_nodes, precision
     x, v, h, _, _ = torch.ops.gfnode_fast.triton_mean_layer(*given, concatenate_self, *form)
     return x, v, h
 
@@ -66,14 +65,9 @@ def _is_silu(activation: Activation) -> bool:
     return ACTIVATIONS[type(activation)]
 
 
-def is_whole(edges: Topology) -> bool:
-    """Whether programs of the forward kernels own molecules, rather than tiles of nodes."""
-    return edges.max_nodes is not None and edges.max_nodes <= WHOLE_NODES
-
-
 _LAYER = (
     "(Tensor x, Tensor v, Tensor h, Tensor edge_fea, Tensor[] neighbours, Tensor[] weights, "
-    "bool {}, bool silu, bool whole, str precision) -> ({})"
+    "bool {}, bool silu, SymInt? max_nodes, str precision) -> ({})"
 )
 _BACKWARD = (
     "({}, Tensor[] neighbours, Tensor[] weights, bool {}, bool silu, str precision, "

@@ -26,7 +26,8 @@ class Neighbours(NamedTuple):
     """(E,) sorted edges by the node that they leave."""
     block_start: Tensor
     """(ceil(n / BLOCK_NODES) + 1,) first node of each block: nodes that follow each other, and
-    that no edge joins with others; those that begin in the same BLOCK_NODES. May be empty."""
+    that no edge joins with others; those that begin in the same BLOCK_NODES. Where none begin
+    there are fewer blocks, and the last ones are empty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +94,10 @@ def _block_start(edges: Topology, nodes: Tensor) -> Tensor:
     change = change.index_add(0, ends.amin(0) + 1, one).index_add(0, ends.amax(0) + 1, -one)
     closed = torch.where(change.cumsum(0)[:-1] == 0, nodes, edges.num_nodes)
     following = closed.flip(0).cummin(0).values.flip(0)
-    return torch.cat((following[:-1:BLOCK_NODES], nodes[-1:]))
+    starts = torch.cat((following[:-1:BLOCK_NODES], nodes[-1:]))
+    # Those that are there one after another, so that programs, which take turns, share them evenly.
+    place = (starts.diff(prepend=starts[:1]) > 0).cumsum(0)
+    return torch.full_like(starts, edges.num_nodes).index_copy(0, place, starts)
 
 
 _cache: OrderedDict[tuple[int, int, int | None], tuple[Tensor, Tensor, Topology]] = OrderedDict()

@@ -48,10 +48,10 @@ def odd() -> tuple[int, Edges]:
     return 7, (pair[:, 0].contiguous(), pair[:, 1].contiguous())
 
 
-def ragged() -> tuple[int, Edges]:
-    """Molecules of 1, 5, 12 and 2 atoms, chains and a ring, more nodes than a tile has."""
+def ragged(sizes: tuple[int, ...] = (1, 5, 12, 2)) -> tuple[int, Edges]:
+    """Molecules of these sizes, chains and a ring, more nodes than a tile has."""
     pairs, first = [], 0
-    for size in (1, 5, 12, 2):
+    for size in sizes:
         for atom in range(size - 1):
             pairs += [(first + atom, first + atom + 1), (first + atom + 1, first + atom)]
         if size > 10:
@@ -122,12 +122,91 @@ def test_blocks_hold_whole_molecules() -> None:
         block = torch.searchsorted(start, torch.arange(num_nodes), right=True)
         assert torch.equal(block[built.row], block[built.col])
     assert topology(*ragged()[1], 20).neighbours.block_start.tolist() == [0, 18, 20]
+    num_nodes, edges = ragged(LARGE)  # a molecule that ends where the fourth tile begins
+    assert topology(*edges, num_nodes).neighbours.block_start.tolist() == [0, 70, 89, 91, 91, 91, 91]
 
 
-def test_small_molecules_are_taken_whole() -> None:
-    num_nodes, edges = ragged()
-    for max_nodes, whole in ((12, True), (None, False), (65, False)):
-        assert on_triton.is_whole(topology(*edges, num_nodes, max_nodes=max_nodes)) is whole
+LARGE = (2, 68, 1, 18, 2)
+
+
+@pytest.mark.parametrize(
+    ("variant", "launches"),
+    [
+        ("egnn", ["_row_linear_kernel", "_egnn_layer_fwd_kernel"]),
+        ("sage", ["_row_linear_kernel", "_mean_layer_fwd_kernel"]),
+    ],
+)
+def test_both_forms_give_the_same_bits(
+    variant: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a molecule's answer does not depend on its batch, which decides on the form."""
+    launched = record_launches(monkeypatch)
+    num_nodes, edges = ragged(LARGE)
+    layer = make_layer(width=5, **VARIANTS[variant]).float()
+    given = cast(make_inputs(num_nodes, edges, 1, 5), torch.float32)
+    with torch.no_grad():
+        whole = ours(layer, given, num_nodes, edges, backend="triton", max_nodes=68)
+        assert launched == launches[1:]
+        tiles = ours(layer, given, num_nodes, edges, backend="triton", max_nodes=None)
+        assert launched == launches[1:] + launches
+        assert torch.equal(whole, tiles)
+        launched.clear()
+        alone = {key: value[2:70] for key, value in given.items()}
+        own = (edges[0] >= 2) & (edges[0] < 70)
+        alone["edge_fea"] = given["edge_fea"][own]
+        ends = tuple(end[own] - 2 for end in edges)
+        large = ours(layer, alone, 68, ends, backend="triton", max_nodes=68)
+    assert launched == launches  # one molecule does not fill two programs
+    assert torch.equal(large, whole[2:70])
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the entry kernels of the graph layers, as they are launched."""
+    from gfnode_fast.kernels import egnn_layer_launch, mean_layer_launch, row_products_launch
+    from gfnode_fast.kernels.registry import unwrap
+
+    launched: list[str] = []
+
+    class Recorded:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel, self.name = kernel, unwrap(kernel).__name__
+
+        def __getitem__(self, grid: Any) -> Any:
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for module in (egnn_layer_launch, mean_layer_launch, row_products_launch):
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Recorded(value))
+    return launched
+
+
+@pytest.mark.parametrize(
+    ("num_atoms", "batch", "copies", "whole"),
+    [
+        (13, 1, 1, True),  # a block is as small as a tile
+        (13, 4096, 8, True),
+        (400, 33, 8, True),
+        (370, 50, 8, True),
+        (370, 16, 8, False),  # 128 programs, where 264 run at once
+        (148, 50, 1, False),
+        (148, 264, 1, True),
+    ],
+)
+def test_molecules_are_taken_whole_where_they_fill_the_gpu(
+    num_atoms: int, batch: int, copies: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """132 multiprocessors, as an H200 has."""
+    from gfnode_fast.kernels import row_products_launch
+
+    monkeypatch.setattr(row_products_launch, "INTERPRETED_PROGRAMS", 2 * 132)
+    num_nodes = num_atoms * batch
+    blocks = -(-num_nodes // 16)
+    starts = torch.empty(blocks + 1)
+    given = starts, starts, num_nodes, copies
+    assert row_products_launch.forward_items(*given, num_atoms, 16) == (whole, blocks)
+    assert row_products_launch.forward_items(*given, None, 32) == (False, -(-num_nodes // 32))
 
 
 def test_displacements_are_clamped() -> None:
@@ -214,7 +293,7 @@ def test_registered_operators() -> None:
     state = (leaves["x"], leaves["v"], leaves["h"], leaves["edge_fea"])
     for name, op in (("egnn", on_triton.triton_egnn_layer), ("gcn", on_triton.triton_mean_layer)):
         weights = list(make_layer(name, 4).float().parameters())
-        opcheck(op, *state, neighbours, weights, False, True, True, "fp32")
+        opcheck(op, *state, neighbours, weights, False, True, 1, "fp32")
 
 
 @pytest.mark.parametrize("variant", ["egnn", "gcn"])
@@ -225,7 +304,7 @@ def test_traced_whole(variant: str) -> None:
 
     def run(*tensors: Tensor) -> Tensor:
         inputs = dict(zip(given, tensors, strict=True))
-        return ours(layer, inputs, num_nodes, edges, backend="triton")
+        return ours(layer, inputs, num_nodes, edges, backend="triton", max_nodes=3)
 
     compiled_equals_eager(run, list(given.values()), TOLERANCES[torch.float32])
 
@@ -338,6 +417,24 @@ def test_production_size(variant: str, width: int, num_atoms: int, precision: st
         scale = max(value.norm().item(), 1e-2)
         error = (once[key].double() - value).norm().item() / scale
         assert error <= REDUCED[precision], (key, error)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("num_atoms", [13, 148, 370])
+@pytest.mark.parametrize("variant", ["egnn", "sage", "gcn"])
+def test_both_forms_on_a_gpu(variant: str, num_atoms: int, precision: str) -> None:
+    """The same bits, whichever form the batch leads to; 1: taken whole, None: in tiles."""
+    num_nodes, edges = molecules(4, num_atoms)
+    layer = make_layer(width=96, **VARIANTS[variant]).float().cuda()
+    given = on_gpu(cast(make_inputs(num_nodes, edges, 2, 96), torch.float32))
+    edges = tuple(end.cuda() for end in edges)
+    options = {"backend": "triton", "precision": precision}
+    with torch.no_grad():
+        whole, tiles = (
+            ours(layer, given, num_nodes, edges, max_nodes=size, **options) for size in (1, None)
+        )
+    assert torch.equal(whole, tiles)
 
 
 def on_gpu_values(run: Any, layer: nn.Module, given: dict[str, Tensor], *args: Any, **options: Any):
