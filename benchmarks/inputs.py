@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.registry import MODELS, Row
+from benchmarks.peptides import SYSTEMS, capped_peptide, vibrating
+from benchmarks.registry import MODELS, PEPTIDE, Row
 from gfnode_fast import reference
 from gfnode_fast.data import (
     Batch,
     MolecularGraph,
+    Trajectory,
     WindowDataset,
     build_graph,
     draw_windows,
@@ -22,6 +24,7 @@ from gfnode_fast.data import (
 DELTA_FRAME = 3000
 NUM_TIMES = 8
 MAX_WINDOWS = 4096  # distinct windows; a larger batch repeats them, its union of times being full
+PEPTIDE_FRAMES = 22_000  # three blocks of windows of DELTA_FRAME
 SEED = 0
 
 
@@ -30,14 +33,22 @@ def dtype_of(precision: str) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
+@lru_cache(maxsize=2)
+def _trajectory(molecule: str) -> Trajectory:
+    if molecule.startswith(PEPTIDE):
+        residues = SYSTEMS[int(molecule.removeprefix(PEPTIDE))]
+        return vibrating(*capped_peptide(residues), PEPTIDE_FRAMES)
+    return load_sample(molecule)
+
+
 def molecular_graph(molecule: str) -> MolecularGraph:
-    trajectory = load_sample(molecule)
+    trajectory = _trajectory(molecule)
     return build_graph(trajectory.positions[0], trajectory.numbers)
 
 
 @lru_cache(maxsize=8)
 def _dataset(molecule: str, times: str, dtype: torch.dtype, windows: int) -> WindowDataset:
-    trajectory = load_sample(molecule)
+    trajectory = _trajectory(molecule)
     graph = molecular_graph(molecule)
     drawn = draw_windows(
         trajectory,
@@ -81,7 +92,7 @@ def model_config(row: Row) -> dict[str, Any]:
         "num_modes": row.num_modes,
         "num_timesteps": NUM_TIMES,
         "time_emb_dim": 32,
-        "num_atoms": load_sample(row.molecule).num_atoms,
+        "num_atoms": _trajectory(row.molecule).num_atoms,
         "delta_frame": DELTA_FRAME,
         "fourier_basis": "graph",
         **MODELS[row.model],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import gfnode_fast
 from benchmarks import inputs, peers
 from benchmarks.baselines import c1, u1
-from benchmarks.registry import WHOLE_COMPILED, Row
+from benchmarks.registry import FORMS, WHOLE_COMPILED, Row
 from benchmarks.task import (
     Task,
     Unavailable,
@@ -40,7 +40,7 @@ OURS = {
     "ours eager loop": {},
     "ours stages": {},
     "ours triton": {"backend": "triton"},
-    "ours triton tiles": {"backend": "triton"},
+    **{form: {"backend": "triton"} for form in FORMS},
     "ours exact triton": {"backend": "triton", "solver_mode": "exact"},
 }
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-15
@@ -203,8 +203,7 @@ def _graph_layer(contender: str, row: Row, model: nn.Module, batch: Batch) -> Pi
     layer = model.decode_layers[0]  # C1 on the CPU has compiled it
     leaves = _signals(row, batch, model.hidden_nf + model.time_emb_dim, inputs.NUM_TIMES)
     if contender in OURS:
-        # Without the size, a program owns tiles of nodes: the other form of the forward kernels.
-        size = None if contender == "ours triton tiles" else model.num_atoms
+        size = FORMS.get(contender, model.num_atoms)
         edges = topology(*batch.edge_index, batch.x.shape[0], max_nodes=size)
         state = (leaves["x"], leaves["v"], leaves["h"])
         choice = {"backend": model.backend, "precision": model.precision, "recompute": False}

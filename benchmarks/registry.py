@@ -32,12 +32,15 @@ OPERATIONS = (
     "spectrum",  # of B copies of one molecule's graph, in the canonical basis
     "graph_layer",
 )
+PEPTIDE = "peptide "
 SPECTRA = ("eigh", "spectrum")  # rows of graphs, without a model
 PHASES = ("forward", "backward", "step")  # backward: forward + backward; step: those + Adam
 TIMES = ("irregular", "regular")
 PRECISIONS = ("fp64", "fp32", "tf32", "bf16")
 BASELINES = ("U0", "U1", "C1")
 EAGER_LOOP = "ours eager loop"  # what "ours compiled" is compared with besides the baselines
+FORMS = {"ours triton whole": 1, "ours triton tiles": None}
+"""The forms of the layers' forward kernels, and the size of a molecule that leads to each."""
 STAGES = {"egnn": ("ours stages",)}  # where "ours" is not stage by stage
 ALONE = (800, 1600, 6400)  # batches that take the baselines minutes to hours on a CPU
 
@@ -49,7 +52,8 @@ class Row:
     Attributes:
         op, phase, model, times, precision: of OPERATIONS, PHASES, MODELS, TIMES, PRECISIONS.
         batch, num_modes: B, M. Other widths are the published ones (K 64, Kt 32, T 8, 5 + 5
-        layers). molecule: shipped sample, or "random N" for op rows that need only a size.
+        layers). molecule: shipped sample, "peptide N" of the large systems, or "random N" for op
+        rows that need only a size.
     """
 
     op: str
@@ -80,6 +84,7 @@ class Row:
         parts = [self.op, self.phase]
         if self.op in SPECTRA:
             return " ".join([*parts, self.molecule, f"B={self.batch}", self.precision])
+        parts += [self.molecule] if self.molecule.startswith(PEPTIDE) else []
         parts += [self.model, f"M={self.num_modes}", f"B={self.batch}"]
         return " ".join([*parts, self.times, self.precision])
 
@@ -101,8 +106,8 @@ def contenders(row: Row, device: str = "cpu") -> tuple[str, ...]:
         triton = ("ours triton",)
         if row.model == "egnn" and row.op in ("model", "propagation"):
             triton = ("ours triton", "ours exact triton")
-        if row.op == "graph_layer":
-            triton = ("ours triton", "ours triton tiles")
+        if (row.op, row.phase) == ("graph_layer", "forward"):
+            triton = ("ours triton", *FORMS)
     return _everywhere(row) + triton
 
 
@@ -228,8 +233,19 @@ def gpu_matrix_rows() -> list[Row]:
         for model in MODELS
         for precision in ("fp32", "tf32")
     ]
-    forms = [Row("graph_layer", "forward", batch) for batch in (50, 4096)]
-    return [*sizes, *layers, *forms, Row("solve", "backward", 4096), *regular, *others]
+    forms = [Row("graph_layer", "forward", batch, molecule=molecule, model=model)
+             for molecule in ("aspirin", "peptide 148", "peptide 370")
+             for model in MODELS
+             for batch in (16, 50)]  # fmt: skip
+    return [
+        *sizes,
+        *layers,
+        *forms,
+        Row("graph_layer", "forward", 4096),
+        Row("solve", "backward", 4096),
+        *regular,
+        *others,
+    ]
 
 
 SETS = {

@@ -10,7 +10,8 @@ forward, WHOLE: a program owns whole molecules of one copy (`graph_tiles`), thos
     of its own (`feature_tiles`). Messages of up to CHUNK edges wait there until each node sums
     its own in the order of the edges. So the edges fill tiles whatever the degrees.
 forward, not WHOLE: P and Q come from a launch of their own, and a program owns tiles of nodes. For
-    molecules so large that one program each would leave the GPU idle.
+    molecules so large and so few that one program each would leave the GPU idle. The same bits:
+    the same tiles of products, and sums in the order of the edges.
 
 backward 1, `node`: P and Q again; from the gradients of x', h' those of the sums over neighbours,
     and of the hidden layers of node and velocity MLP. Node state and Σ m are kept from forward,

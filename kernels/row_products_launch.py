@@ -59,7 +59,12 @@ def num_programs(tensor: Tensor, items: int, per_multiprocessor: int = 1) -> int
 
 
 def forward_items(
-    like: Tensor, block_start: Tensor, num_nodes: int, copies: int, max_nodes: int | None, block: int
+    like: Tensor,
+    block_start: Tensor,
+    num_nodes: int,
+    copies: int,
+    max_nodes: int | None,
+    block: int,
 ) -> tuple[bool, int]:
     """Whether programs of a forward kernel own whole molecules, or tiles of `block` nodes, and how
     many blocks or tiles there are.

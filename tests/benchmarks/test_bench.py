@@ -19,9 +19,11 @@ from benchmarks.baselines import c1
 from benchmarks.compare import changes
 from benchmarks.compare import main as compare_files
 from benchmarks.figure import draw
+from benchmarks.inputs import make_batch, model_config
 from benchmarks.measure import Effort, measure
 from benchmarks.operations import make_task
 from benchmarks.registry import (
+    FORMS,
     SETS,
     Row,
     contenders,
@@ -59,6 +61,18 @@ def test_triton_competes_on_gpus_only(op: str) -> None:
         for name in triton:
             with pytest.raises(Unavailable, match="Triton needs a CUDA device"):
                 make_task(name, row, CPU)
+
+
+def test_both_forms_of_the_graph_layers_compete() -> None:
+    """Small and large molecules, on both sides of where the choice between the forms lies."""
+    forms = {row: contenders(row, "cuda") for row in gpu_matrix_rows() if row.phase == "forward"}
+    found = {(r.molecule, r.batch) for r, names in forms.items() if names[-2:] == tuple(FORMS)}
+    sizes = ("aspirin", "peptide 148", "peptide 370")
+    assert found >= {(molecule, batch) for molecule in sizes for batch in (16, 50)}
+    row = Row("graph_layer", "forward", 1, molecule="peptide 148")
+    batch = make_batch(row, CPU)
+    assert batch.x.shape == (148, 3)
+    assert model_config(row)["num_atoms"] == 148
 
 
 def test_the_cpu_set_holds_the_committed_table() -> None:

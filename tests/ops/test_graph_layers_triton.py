@@ -123,7 +123,15 @@ def test_blocks_hold_whole_molecules() -> None:
         assert torch.equal(block[built.row], block[built.col])
     assert topology(*ragged()[1], 20).neighbours.block_start.tolist() == [0, 18, 20]
     num_nodes, edges = ragged(LARGE)  # a molecule that ends where the fourth tile begins
-    assert topology(*edges, num_nodes).neighbours.block_start.tolist() == [0, 70, 89, 91, 91, 91, 91]
+    assert topology(*edges, num_nodes).neighbours.block_start.tolist() == [
+        0,
+        70,
+        89,
+        91,
+        91,
+        91,
+        91,
+    ]
 
 
 LARGE = (2, 68, 1, 18, 2)
