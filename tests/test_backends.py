@@ -35,6 +35,15 @@ def running(model: gfnode_fast.FourierMD) -> dict[str, str]:
     return {name: part.backend for name, part in model.backend_report().parts.items()}
 
 
+def of_any_size(backend: str) -> tuple[gfnode_fast.GFNODE, dict[str, Any]]:
+    """The same for molecules of different size, and the same molecules for it."""
+    arguments, given = constructor(), inputs()
+    del arguments["num_atoms"], given["loc_mean"]
+    given["eigvecs"] = given.pop("U_batch").flatten()
+    given["ptr"] = torch.tensor([0, 5, 10])
+    return gfnode_fast.GFNODE(**arguments, backend=backend), given
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The backends with which layers and propagation are called."""
@@ -75,6 +84,11 @@ def test_what_is_reported_is_what_runs(
     assert (parts["graph Fourier transform"], parts["inverse transform"]) == ("torch", inverse)
     expected = {f"apply_layer {layers}", "propagate torch"}
     assert set(calls) == expected | ({"synthesis cpp"} if inverse == "cpp" else set())
+    calls.clear()
+    flat_model, given = of_any_size(backend)
+    flat_model(**given)
+    assert running(flat_model)["inverse transform"] == inverse
+    assert ("synthesis cpp" in calls) == (inverse == "cpp")
 
 
 class Joined(TorchDispatchMode):
@@ -96,12 +110,8 @@ def test_the_decoder_gets_its_first_input_in_one_piece(backend: str) -> None:
     model, given = build(backend=backend), inputs()
     with Joined() as joined:
         model(**given)
-        mixed = gfnode_fast.GFNODE(
-            **{k: v for k, v in constructor().items() if k != "num_atoms"}, backend=backend
-        )
-        del given["loc_mean"]
-        eigvecs = given.pop("U_batch").flatten()
-        mixed(**given, ptr=torch.tensor([0, 5, 10]), eigvecs=eigvecs)
+        mixed, flat = of_any_size(backend)
+        mixed(**flat)
     width = model.hidden_nf + model.time_emb_dim
     assert not [s for s in joined.shapes if s[-1] == width and math.prod(s[:-1]) == 4 * 10]
 

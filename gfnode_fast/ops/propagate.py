@@ -252,11 +252,10 @@ def _transform_back(
     assert eigvecs is not None
     if (
         activation is not None
-        and ptr is None
         and backend == "auto"
         and serves(solved, eigvecs, signal, activation, beside)
     ):
-        return synthesise_solved(solved, eigvecs, signal, activation, beside)
+        return synthesise_solved(solved, eigvecs, signal, activation, beside, ptr)
     modes = solved.permute(1, 0, 3, 2, 4).flatten(3)
     total = None if ptr is None else len(signal)
     wants_beside = beside is not None and beside.requires_grad

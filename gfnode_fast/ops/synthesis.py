@@ -2,7 +2,9 @@
 
     out[t, b, n] = [signal[b, n] + act(Σ_m U[b, n, m] values[b, t, :, m]), beside[t, b]]
 
-Registered as `gfnode_fast::synthesis_beside`, float32 on the CPU. Ownership and cost:
+for molecules of one size, or of different size one after the other, with offsets `ptr`.
+
+Registered as `gfnode_fast::synthesis`, float32 on the CPU. Ownership and cost:
 csrc/cpu/synthesis.h. Its gradient forms the activation's argument again; nothing of the output's
 size is kept. Once differentiable; a second derivative is refused.
 """
@@ -26,7 +28,7 @@ def why_not_compiled() -> str | None:
     global _registered
     if problem := why_no_extension():
         return problem
-    if not hasattr(torch.ops.gfnode_fast, "synthesis_beside"):
+    if not hasattr(torch.ops.gfnode_fast, "synthesis"):
         return f"the extension was built without it; {REBUILD}"
     if not _registered:
         _register()
@@ -60,25 +62,28 @@ def synthesise_solved(
     signal: Tensor,
     activation: Callable[[Tensor], Tensor],
     beside: Tensor | None = None,
+    ptr: Tensor | None = None,
 ) -> Tensor:
     """values (B, T, D, M, C), eigvecs (B, N, N), signal (B, N, D, C) → (T, B, N, D, C); with
-    `beside` (T, B, W), of D = 1, → (T, B, N, 1, C + W).
+    `beside` (T, B, W), of D = 1, → (T, B, N, 1, C + W); with `ptr` (B+1,) as in `propagate`,
+    eigvecs (ΣN²,), signal (ΣN, D, C) → (T, ΣN, D, C).
     """
     if beside is None:
         beside = values.new_empty(values.shape[1], values.shape[0], 0)
-    out: Tensor = torch.ops.gfnode_fast.synthesis_beside(
+    out: Tensor = torch.ops.gfnode_fast.synthesis(
         values.contiguous(),
         eigvecs.contiguous(),
-        signal.flatten(2).contiguous(),
+        signal.flatten(-2).contiguous(),
         beside.contiguous(),
         ACTIVATIONS[type(activation)],  # type: ignore[index]
+        None if ptr is None else ptr.contiguous(),
     )
-    shaped: Tensor = out.unflatten(3, (signal.shape[2], -1))
+    shaped: Tensor = out.unflatten(-1, (signal.shape[-2], -1))
     return shaped
 
 
 def _register() -> None:
-    op = "gfnode_fast::synthesis_beside"
+    op = "gfnode_fast::synthesis"
     torch.library.register_fake(op, _fake)
     torch.library.register_fake(f"{op}_backward", _backward_fake)
     torch.library.register_autograd(op, _backward, setup_context=_context)
@@ -86,10 +91,15 @@ def _register() -> None:
 
 
 def _fake(
-    values: Tensor, eigvecs: Tensor, signal: Tensor, beside: Tensor, activation: int
+    values: Tensor,
+    eigvecs: Tensor,
+    signal: Tensor,
+    beside: Tensor,
+    activation: int,
+    ptr: Tensor | None = None,
 ) -> Tensor:
-    width = signal.shape[2] + beside.shape[2]
-    return values.new_empty(values.shape[1], *signal.shape[:2], width)
+    width = signal.shape[-1] + beside.shape[2]
+    return values.new_empty(values.shape[1], *signal.shape[:-1], width)
 
 
 def _backward_fake(
@@ -99,20 +109,22 @@ def _backward_fake(
     signal: Tensor,
     beside: Tensor,
     activation: int,
+    ptr: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return values.new_empty(values.shape), values.new_empty(signal.shape)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.activation, ptr = inputs
+    ctx.save_for_backward(*tensors, ptr)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, signal = torch.ops.gfnode_fast.synthesis_beside_backward(
-        grad.contiguous(), *ctx.saved_tensors, ctx.activation
+    *tensors, ptr = ctx.saved_tensors
+    values, signal = torch.ops.gfnode_fast.synthesis_backward(
+        grad.contiguous(), *tensors, ctx.activation, ptr
     )
-    return values, None, signal, None, None
+    return values, None, signal, None, None, None
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:

@@ -68,6 +68,68 @@ def test_against_the_formula(size: tuple[int, ...], activation: nn.Module) -> No
         assert relative_error(mine, theirs) < BOUND
 
 
+RAGGED = [(5, 3, 5, 1, 13), (2, 2), (0, 4, 0), (1,), ()]
+
+
+@pytest.mark.parametrize("sizes", RAGGED, ids=str)
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.usefixtures("poison_all_memory")
+def test_molecules_of_different_size(sizes: tuple[int, ...], parts: int) -> None:
+    """Bit by bit what each has alone; zeros as gradient of modes that a molecule does not have."""
+    modes, times, width = 3, 2, 7
+    alone = [inputs(1, times, parts, min(modes, n), width, n) for n in sizes]
+    ptr = torch.tensor([0, *sizes]).cumsum(0)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(len(sizes), times, parts, modes, width, generator=generator)
+    for b, (own, _, _) in enumerate(alone):
+        values[b, :, :, : own.shape[3]] = own[0]
+    eigvecs = torch.cat([torch.zeros(0), *(u.float().flatten() for _, u, _ in alone)])
+    signal = torch.cat([torch.zeros(0, parts, width), *(x[0].float() for _, _, x in alone)])
+    beside = torch.randn(times, len(sizes), 5, generator=generator) if parts == 1 else None
+    values.requires_grad_()
+    signal.requires_grad_()
+    assert synthesis.serves(values, eigvecs, signal, nn.SiLU(), beside)
+    out = synthesis.synthesise_solved(values, eigvecs, signal, nn.SiLU(), beside, ptr)
+    cotangent = torch.randn(out.shape, generator=generator)
+    grad_values, grad_signal = torch.autograd.grad(out, (values, signal), cotangent)
+    assert out.shape == (times, sum(sizes), parts, width + 5 * (parts == 1))
+    for b, n in enumerate(sizes):
+        if n == 0:
+            assert not grad_values[b].any()
+            continue
+        atoms, kept = slice(ptr[b], ptr[b + 1]), min(modes, n)
+        own_values, u, own_signal = (tensor.float() for tensor in alone[b])
+        own_values.requires_grad_()
+        own_signal.requires_grad_()
+        own_beside = None if beside is None else beside[:, b : b + 1]
+        expected = synthesis.synthesise_solved(own_values, u, own_signal, nn.SiLU(), own_beside)
+        assert torch.equal(out[:, None, atoms], expected)
+        grads = torch.autograd.grad(
+            expected, (own_values, own_signal), cotangent[:, None, atoms].contiguous()
+        )
+        assert torch.equal(grad_values[b : b + 1, :, :, :kept], grads[0])
+        assert not grad_values[b, :, :, kept:].any()
+        assert torch.equal(grad_signal[None, atoms], grads[1])
+
+
+@pytest.mark.parametrize(
+    ("ptr", "message"),
+    [
+        ([0, 4, 2, 6], "`ptr` must ascend, got -2 atoms of molecule 1"),
+        ([1, 2, 4, 6], "`ptr` must begin with 0, got 1"),
+        ([0, 2, 4], "`ptr` has the wrong shape"),
+        ([0, 3, 4, 6], "`eigvecs` has the wrong shape"),
+        ([0.0, 2.0, 4.0, 6.0], "`ptr` has the wrong dtype"),
+    ],
+)
+def test_offsets_are_checked(ptr: list[float], message: str) -> None:
+    values, signal = torch.randn(3, 2, 1, 2, 4), torch.randn(6, 1, 4)
+    with pytest.raises(RuntimeError, match=message):
+        synthesis.synthesise_solved(
+            values, torch.randn(12), signal, nn.SiLU(), ptr=torch.tensor(ptr)
+        )
+
+
 def test_strides_and_determinism() -> None:
     values, eigvecs, signal = (tensor.float() for tensor in inputs(3, 2, 3, 2, 4, 5))
     first = synthesis.synthesise_solved(values, eigvecs, signal, nn.SiLU())
@@ -83,14 +145,15 @@ def test_registered() -> None:
     values, eigvecs, signal = (tensor.float() for tensor in inputs(2, 2, 1, 2, 4, 5))
     rows = signal.flatten(2)
     ops = torch.ops.gfnode_fast
-    for width in (0, 3):
-        given = (values.detach(), eigvecs, rows.detach(), torch.randn(2, 2, width), 0)
-        opcheck(ops.synthesis_beside_backward, ops.synthesis_beside(*given), *given)
+    flat = eigvecs.flatten(), rows.flatten(0, 1)
+    for width, (u, x), ptr in ((0, (eigvecs, rows), None), (3, flat, torch.tensor([0, 5, 10]))):
+        given = (values.detach(), u, x.detach(), torch.randn(2, 2, width), 0, ptr)
+        opcheck(ops.synthesis_backward, ops.synthesis(*given), *given)
         opcheck(
-            ops.synthesis_beside,
+            ops.synthesis,
             values.requires_grad_(),
-            eigvecs,
-            rows.requires_grad_(),
+            u,
+            x.detach().requires_grad_(),
             *given[3:],
         )
 
@@ -142,6 +205,27 @@ def test_propagate_beside_an_embedding(activation: nn.Module, basis: str | None)
     actual = outputs_and_gradients(together, model, *given)
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
+
+
+def test_propagate_molecules_of_different_size() -> None:
+    """In C++ and in PyTorch; one of them has fewer atoms than modes."""
+    model, ptr = propagator().float(), torch.tensor([0, 5, 7, 12])
+    signal, times, eigvecs = (tensor.float() for tensor in signals())
+    squares = [eigvecs[0], torch.linalg.qr(eigvecs[1, :2, :2])[0], eigvecs[2]]
+    given = signal.flatten(0, 1)[:12], times, torch.cat([u.flatten() for u in squares])
+    beside = torch.randn(4, 3, 2)
+    found = [
+        outputs_and_gradients(
+            lambda *tensors, backend=backend: propagate(
+                *tensors, activation=nn.SiLU(), beside=beside, ptr=ptr, transforms=backend
+            ),
+            model,
+            *given,
+        )
+        for backend in ("auto", "torch")
+    ]
+    for name, value in found[1].items():
+        assert relative_error(found[0][name], value) < 1e-5, name
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
