@@ -42,8 +42,8 @@ def canonical_order(codes: Tensor, sizes: Tensor) -> Tensor:
         Renumbering the nodes renumbers the order, up to an automorphism of the graph, wherever
         nodes that refinement cannot tell apart are equivalent. That holds for molecules; strongly
         regular graphs are the classical exception. Integers only, deterministic. O(B n²) per round
-        of refinement, with up to n rounds for each node that has to be chosen, O(B n⁴) for graphs
-        all of whose nodes are alike.
+        of refinement, with up to n rounds for each node that has to be chosen among others than
+        its twins, O(B n⁴) for rings.
     """
     n = codes.shape[1]
     inside = torch.arange(n, device=codes.device) < sizes[:, None]

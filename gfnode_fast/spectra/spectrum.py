@@ -46,8 +46,8 @@ def graph_spectrum(
         TypeError, ValueError: another kind or dtype.
 
     Notes:
-        Deterministic. Without gradient: for gradients in edge weights take `graph_laplacian` and
-        `ops.eigh_batched`.
+        Deterministic. Without gradient: for gradients in edge weights take `graph_laplacian` with
+        `ops.eigh_batched`, or `ops.matrix_function` for V g(w) Vᵀ.
     """
     check_kind("graph_spectrum", kind)
     if dtype not in (torch.float32, torch.float64):
