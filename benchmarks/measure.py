@@ -16,7 +16,7 @@ from benchmarks import inputs
 from benchmarks.agreement import Checker
 from benchmarks.baselines.c1 import CompileLog, compiler
 from benchmarks.operations import make_task
-from benchmarks.registry import BASELINES, EAGER_LOOP, Row, contenders
+from benchmarks.registry import BASELINES, CAPTURED, EAGER_LOOP, Row, contenders
 from benchmarks.task import Task, Unavailable
 from benchmarks.timing import Timing, count, count_operations, interleaved, peak_memory, ratio
 
@@ -91,11 +91,12 @@ def measure(
     checker: Checker,
     effort: Effort,
     without: Collection[str] = (),
+    kind: str | None = None,
 ) -> dict[str, Any]:
     """All the reports need of one row. A contender that fails is reported, the others go on;
-    `without` leaves contenders out.
+    `without` leaves contenders out; `kind` asks for those of another kind of device than this.
     """
-    names = tuple(name for name in contenders(row, device.type) if name not in without)
+    names = tuple(name for name in contenders(row, kind or device.type) if name not in without)
     results: dict[str, dict[str, Any]] = {}
     tasks: dict[str, Task] = {}
     began = time.perf_counter()
@@ -235,6 +236,8 @@ def _time(
 
 
 def _weigh(name: str, task: Task, device: torch.device, result: dict[str, Any]) -> None:
+    if name == CAPTURED:
+        return  # a replay dispatches no operations, and its memory was taken when it was captured
     try:
         result["peak_bytes"] = peak_memory(task.run, device)
         if name != "C1":  # a compiled graph dispatches no tensor operations

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import gfnode_fast
 from benchmarks import inputs, peers
 from benchmarks.baselines import c1, u1
-from benchmarks.registry import FORMS, WHOLE_COMPILED, Row
+from benchmarks.registry import CAPTURED, FORMS, WHOLE_COMPILED, Row
 from benchmarks.task import (
     Task,
     Unavailable,
@@ -42,6 +42,7 @@ OURS = {
     "ours triton": {"backend": "triton"},
     **{form: {"backend": "triton"} for form in FORMS},
     "ours exact triton": {"backend": "triton", "solver_mode": "exact"},
+    CAPTURED: {"backend": "triton"},
 }
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-15
 
@@ -60,17 +61,13 @@ def build_model(contender: str, row: Row, device: torch.device) -> nn.Module:
     elif contender == "C1":
         model = c1.FourierMD(**config)
     else:
-        model = _build_ours(contender, row, device, config)
+        model = _build_ours(contender, row, config)
     model.load_state_dict(inputs.initial_state(row))
     return model.to(device, inputs.dtype_of(row.precision))
 
 
-def _build_ours(
-    contender: str, row: Row, device: torch.device, config: dict[str, Any]
-) -> nn.Module:
+def _build_ours(contender: str, row: Row, config: dict[str, Any]) -> nn.Module:
     wanted: dict[str, Any] = dict(OURS[contender])
-    if wanted.get("backend") == "triton" and device.type != "cuda":
-        raise Unavailable(f"Triton needs a CUDA device, this is {device}")
     if row.precision in ("tf32", "bf16"):
         wanted["precision"] = row.precision
     known = inspect.signature(gfnode_fast.FourierMD).parameters
@@ -92,6 +89,8 @@ def make_task(contender: str, row: Row, device: torch.device) -> Task:
         Unavailable: it does not exist here.
     """
     require_device(row.precision, device)
+    if OURS.get(contender, {}).get("backend") == "triton" and device.type != "cuda":
+        raise Unavailable(f"Triton needs a CUDA device, this is {device}")
     if row.op == "eigh":
         return peers.eigh_task(contender, row, device)
     if row.op == "spectrum":
@@ -102,6 +101,8 @@ def make_task(contender: str, row: Row, device: torch.device) -> Task:
     if row.op == "solve" and contender == "torchode":
         return peers.torchode_task(row, batch, build_model("U1", row, device))
     model = build_model(contender, row, device)
+    if contender == CAPTURED:
+        return _captured_task(row, model, batch)
     if row.op == "model":
         return _model_task(contender, row, model, batch)
     call, leaves = _PIECES[row.op](contender, row, model, batch)
@@ -141,6 +142,36 @@ def _model_task(contender: str, row: Row, model: nn.Module, batch: Batch) -> Tas
         return named_outputs(backward()) | named_gradients(leaves)
 
     run = {"forward": forward, "backward": backward, "step": step}[row.phase]
+    return Task(run, values)
+
+
+def _captured_task(row: Row, model: nn.Module, batch: Batch) -> Task:
+    """The step of `_model_task` as one CUDA graph, the copies of its inputs into it included."""
+    arguments, target, device = batch.inputs(), batch.target, batch.x.device
+    optimizer = torch.optim.Adam(
+        model.parameters(),
+        lr=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        fused=True,
+        capturable=device.type == "cuda",
+    )
+
+    def loss_of(outputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
+        return (outputs[0] - target).square().mean() + outputs[3]
+
+    with numerics(row.precision, device):
+        step = gfnode_fast.capture_training_step(
+            model, optimizer, loss_fn=loss_of, inputs=arguments, targets=(target,)
+        )
+
+    def run() -> tuple[Tensor, ...]:
+        with numerics(row.precision, device):  # on a CPU, where the step is not captured
+            return step(arguments, target).outputs[:3]
+
+    def values() -> dict[str, Tensor]:
+        model.load_state_dict(inputs.initial_state(row))  # a step has changed them
+        return named_outputs(run()) | named_gradients(dict(model.named_parameters()))
+
     return Task(run, values)
 
 

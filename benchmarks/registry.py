@@ -39,6 +39,7 @@ TIMES = ("irregular", "regular")
 PRECISIONS = ("fp64", "fp32", "tf32", "bf16")
 BASELINES = ("U0", "U1", "C1")
 EAGER_LOOP = "ours eager loop"  # what "ours compiled" is compared with besides the baselines
+CAPTURED = "ours captured"  # "ours triton" with the whole step as one CUDA graph
 FORMS = {"ours triton whole": 1, "ours triton tiles": None}
 """The forms of the layers' forward kernels, and the size of a molecule that leads to each."""
 STAGES = {"egnn": ("ours stages",)}  # where "ours" is not stage by stage
@@ -106,6 +107,8 @@ def contenders(row: Row, device: str = "cpu") -> tuple[str, ...]:
         triton = ("ours triton",)
         if row.model == "egnn" and row.op in ("model", "propagation"):
             triton = ("ours triton", "ours exact triton")
+        if (row.op, row.phase) == ("model", "step"):
+            triton += (CAPTURED,)
         if (row.op, row.phase) == ("graph_layer", "forward"):
             triton = ("ours triton", *FORMS)
     return _everywhere(row) + triton

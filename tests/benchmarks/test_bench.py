@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_acceptance, report, run
+from benchmarks import gpu_acceptance, operations, report, run
 from benchmarks import measure as measuring
 from benchmarks.accuracy import accuracy
 from benchmarks.agreement import Checker, Disagreement, compare, require
@@ -23,6 +23,7 @@ from benchmarks.inputs import make_batch, model_config
 from benchmarks.measure import Effort, measure
 from benchmarks.operations import make_task
 from benchmarks.registry import (
+    CAPTURED,
     FORMS,
     SETS,
     Row,
@@ -57,10 +58,25 @@ def test_triton_competes_on_gpus_only(op: str) -> None:
     assert (
         triton == ("ours triton", "ours exact triton")[: 2 if op in ("model", "propagation") else 1]
     )
-    if op == "model":
-        for name in triton:
-            with pytest.raises(Unavailable, match="Triton needs a CUDA device"):
-                make_task(name, row, CPU)
+    for name in triton:
+        with pytest.raises(Unavailable, match="Triton needs a CUDA device"):
+            make_task(name, row, CPU)
+
+
+def test_a_captured_step_competes_where_a_model_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Row("model", "step", 2, times="regular", molecule="ethanol")
+    assert contenders(row, "cuda")[-1] == CAPTURED
+    assert CAPTURED not in contenders(row) + contenders(replace(row, phase="forward"), "cuda")
+    with pytest.raises(Unavailable, match="Triton needs a CUDA device"):
+        make_task(CAPTURED, row, CPU)
+    # On the CPU, where it is the plain step, the same code: checked and timed, not weighed.
+    monkeypatch.setitem(operations.OURS, CAPTURED, {})
+    found = measure(row, CPU, Checker(CPU), FAST, without=contenders(row)[2:], kind="cuda")
+    captured, triton = (found["contenders"][name] for name in (CAPTURED, "ours triton"))
+    assert triton["reason"] == "Triton needs a CUDA device, this is cpu"
+    assert (captured["status"], "operations" in captured) == ("ok", False)
+    assert captured["agreement"]["gradients"] < 1e-3
+    assert f"{CAPTURED} / U0" in found["ratios"]
 
 
 def test_both_forms_of_the_graph_layers_compete() -> None:
@@ -286,6 +302,7 @@ def test_acceptance_dry_run(part: str, tmp_path: Path) -> None:
     text = (tmp_path / f"{part}.md").read_text()
     assert text.startswith(f"# {part}")
     assert "C1 as it stands" in text
+    assert (CAPTURED in text) == (part in ("core", "matrix"))
 
 
 def test_acceptance_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
