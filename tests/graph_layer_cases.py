@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from gfnode_fast._extension import why_no_extension
 from gfnode_fast.nn.graph_layers import apply_layer
 from gfnode_fast.ops.topology import topology
 from gfnode_fast.reference.layers import GRAPH_LAYERS
+
+# The compiled kernels are part of any installation with a compiler; tests of a pure-Python one say
+# so here, and only here.
+NEEDS_CPP = pytest.mark.skipif(
+    why_no_extension() is not None, reason="the compiled extension is not built"
+)
+BACKENDS = ["torch", pytest.param("cpp", marks=NEEDS_CPP)]
 
 # Relative to the largest value, against the reference in float64; measured beside it.
 TOLERANCES = {

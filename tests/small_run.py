@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from torch import Tensor
 
-from gfnode_fast.data import Trajectory
+from gfnode_fast.data import Batch, Trajectory, WindowDataset
 from gfnode_fast.training import DataConfig, ModelConfig, OptimConfig, TrainConfig
 
 NUM_TIMES = 4
@@ -90,3 +92,18 @@ def mixed_config(
         model={"solver_mode": "exact", **(model or {})},
         **changes,
     )
+
+
+def nan_trajectory_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The batch of one optimiser step gets a NaN target."""
+    original, calls = WindowDataset.batch, list[int]()
+
+    def batch(self: WindowDataset, index: Tensor) -> Batch:
+        found = original(self, index)
+        if len(self) == 8:
+            calls.append(1)
+            if len(calls) == step:
+                found = found._replace(target=found.target * float("nan"))
+        return found
+
+    monkeypatch.setattr(WindowDataset, "batch", batch)

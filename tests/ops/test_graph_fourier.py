@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from gfnode_fast.kernels import graph_fourier_launch as kernels
 from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
+from graph_fourier_cases import (
+    EPILOGUES,
+    SIZES,
+    TOLERANCE,
+    batch_of,
+    call_inverse,
+    eigenvectors,
+    forward_oracle,
+    inverse_case,
+    inverse_oracle,
+    offsets,
+    randn,
+    rows,
+)
 from op_checks import (
     BACKENDS,
     DEVICE,
@@ -22,128 +34,6 @@ from op_checks import (
 )
 
 pytestmark = OF_KERNELS
-# Relative to the largest value; measured: fp64 4e-16, fp32 3e-7, fp16 6e-4, bf16 5e-3.
-TOLERANCE = {
-    torch.float64: 2e-15,
-    torch.float32: 1e-6,
-    torch.float16: 2e-3,
-    torch.bfloat16: 1.6e-2,
-}
-SIZES = (5, 1, 3)  # molecules of different size, one of one atom, which has fewer than M = 2 modes
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def offsets(sizes: tuple[int, ...]) -> Tensor:
-    return torch.tensor([0, *sizes], device=DEVICE).cumsum(0)
-
-
-def eigenvectors(num_atoms: int, seed: int) -> Tensor:
-    noise = randn(num_atoms, num_atoms, seed=seed)
-    return torch.linalg.eigh(noise + noise.T)[1]
-
-
-def batch_of(sizes: tuple[int, ...], ragged: bool, dtype: torch.dtype) -> tuple[Tensor, Any]:
-    """(eigvecs, ptr): (B, N, N) and None, or (ΣN²,) and offsets."""
-    each = [eigenvectors(n, seed).to(dtype) for seed, n in enumerate(sizes)]
-    if not ragged:
-        return torch.stack(each), None
-    return torch.cat([u.flatten() for u in each]), offsets(sizes)
-
-
-def rows(sizes: tuple[int, ...], ragged: bool, *width: int, **options: Any) -> Tensor:
-    if ragged:
-        return randn(sum(sizes), *width, **options)
-    return randn(len(sizes), sizes[0], *width, **options)
-
-
-def molecules(eigvecs: Tensor, ptr: Tensor | None) -> list[tuple[Any, Tensor]]:
-    """(where its atoms are, U) of each molecule."""
-    if ptr is None:
-        return [(b, u) for b, u in enumerate(eigvecs)]
-    sizes = ptr.diff().tolist()
-    entries = eigvecs.split([n * n for n in sizes])
-    return [(slice(ptr[b], ptr[b + 1]), entries[b].view(n, n)) for b, n in enumerate(sizes)]
-
-
-def forward_oracle(signal: Tensor, eigvecs: Tensor, num_modes: int, ptr: Tensor | None) -> Tensor:
-    """The definition, a molecule at a time."""
-    modes = []
-    for where, u in molecules(eigvecs, ptr):
-        projected = (u.T @ signal[where])[:num_modes]
-        modes.append(torch.nn.functional.pad(projected, (0, 0, 0, num_modes - len(projected))))
-    return torch.stack(modes)
-
-
-def inverse_oracle(
-    modes: Tensor,
-    eigvecs: Tensor,
-    residual: Tensor | None,
-    centroid: Tensor | None,
-    activation: str | None,
-    ptr: Tensor | None,
-) -> Tensor:
-    out = []
-    for b, (where, u) in enumerate(molecules(eigvecs, ptr)):
-        kept = min(modes.shape[2], u.shape[0])
-        signal = torch.einsum("nm,tmc->tnc", u[:, :kept], modes[:, b, :kept])
-        signal = torch.nn.functional.silu(signal) if activation == "silu" else signal
-        signal = signal if residual is None else signal + residual[where]
-        if centroid is not None:
-            added = torch.zeros_like(signal[0])
-            added[:, ::2] = centroid[where]
-            signal = signal + added
-        out.append(signal)
-    return torch.stack(out, dim=1) if ptr is None else torch.cat(out, dim=1)
-
-
-EPILOGUES = {
-    "plain": (None, False, False),
-    "features": ("silu", True, False),
-    "coordinates": ("silu", True, True),
-    "centroid alone": (None, False, True),
-}
-
-
-def inverse_case(
-    sizes: tuple[int, ...],
-    ragged: bool,
-    epilogue: str,
-    channels: int = 6,
-    num_modes: int = 2,
-    dtype: torch.dtype = torch.float64,
-    times: int = 2,
-) -> tuple[list[Tensor], dict[str, Any]]:
-    """Differentiable inputs (modes, eigvecs, residual?, centroid?) and the other arguments."""
-    activation, has_residual, has_centroid = EPILOGUES[epilogue]
-    eigvecs, ptr = batch_of(sizes, ragged, dtype)
-    inputs = [randn(times, len(sizes), num_modes, channels, dtype=dtype, seed=1), eigvecs]
-    if has_residual:
-        inputs.append(rows(sizes, ragged, channels, dtype=dtype, seed=2))
-    if has_centroid:
-        inputs.append(rows(sizes, ragged, channels // 2, dtype=dtype, seed=3))
-    total = sum(sizes) if ragged else None
-    return inputs, {"activation": activation, "ptr": ptr, "total_atoms": total}
-
-
-def call_inverse(epilogue: str, backend: str, options: dict[str, Any]) -> Any:
-    _, has_residual, _ = EPILOGUES[epilogue]
-
-    def call(modes: Tensor, eigvecs: Tensor, *added: Tensor) -> Tensor:
-        residual = added[0] if has_residual else None
-        centroid = added[-1] if len(added) > has_residual else None
-        if backend == "oracle":
-            return inverse_oracle(
-                modes, eigvecs, residual, centroid, options["activation"], options["ptr"]
-            )
-        return inverse_graph_fourier(
-            modes, eigvecs, residual=residual, centroid=centroid, backend=backend, **options
-        )
-
-    return call
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -391,149 +281,6 @@ def test_programs_that_own_all_times_agree(monkeypatch: pytest.MonkeyPatch) -> N
     one_time_each = call(*inputs)
     monkeypatch.setattr(kernels, "MANY_PROGRAMS", 1)
     assert torch.equal(call(*inputs), one_time_each)
-
-
-zeros = torch.zeros
-
-
-def bad(**changes: Any) -> dict[str, Any]:
-    fixed = {"signal": zeros(2, 3, 4), "eigvecs": zeros(2, 3, 3), "num_modes": 2}
-    return fixed | changes
-
-
-RAGGED = {"signal": zeros(5, 4), "eigvecs": zeros(13), "ptr": torch.tensor([0, 3, 5])}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (bad(eigvecs=zeros(2, 3, 4)), ValueError, "`eigvecs` must be (B, N, N), got (2, 3, 4)"),
-        (bad(eigvecs=zeros(2, 3, 3).int()), TypeError, "must be floating point, got torch.int32"),
-        (
-            bad(num_modes=4),
-            ValueError,
-            "`num_modes` must be between 1 and 3, the number of atoms, got 4",
-        ),
-        (bad(num_modes=0), ValueError, "between 1 and 3"),
-        (
-            bad(signal=zeros(2, 4, 4)),
-            ValueError,
-            "`signal` must be (B, N, C) for eigvecs (2, 3, 3)",
-        ),
-        (bad(signal=zeros(2, 3, 4).double()), TypeError, "`signal` must be torch.float32 like"),
-        (bad(signal=zeros(2, 3, 4, device="meta")), ValueError, "`signal` must be on cpu like"),
-        (
-            bad(backend="cuda"),
-            ValueError,
-            "`backend` must be one of auto, torch, triton, got 'cuda'",
-        ),
-        (bad(**RAGGED, num_modes=0), ValueError, "`num_modes` must be at least 1, got 0"),
-        (
-            bad(**RAGGED | {"eigvecs": zeros(2, 3, 3)}),
-            ValueError,
-            "`eigvecs` must be (ΣN²,) beside",
-        ),
-        (bad(**RAGGED | {"eigvecs": zeros(12)}), ValueError, "must have 13 entries"),
-        (bad(**RAGGED | {"signal": zeros(2, 3, 4)}), ValueError, "`signal` must be (ΣN, C)"),
-        (
-            bad(**RAGGED | {"ptr": torch.tensor([0, 3, 5]).int()}),
-            TypeError,
-            "`ptr` must be torch.int64",
-        ),
-        (
-            bad(**RAGGED | {"ptr": torch.tensor([[0, 3, 5]])}),
-            ValueError,
-            "`ptr` must be (B+1,), got (1, 3)",
-        ),
-        (
-            bad(**RAGGED | {"ptr": zeros(3, device="meta").long()}),
-            ValueError,
-            "`ptr` must be on cpu",
-        ),
-        (bad(**RAGGED | {"ptr": torch.tensor([0, 6, 5])}), ValueError, "must ascend from 0 to 5"),
-        (bad(**RAGGED | {"ptr": torch.tensor([0, 3, 4])}), ValueError, "got [0, 3, 4]"),
-        (
-            {
-                "signal": zeros(1, 129, 1, device=DEVICE),
-                "eigvecs": zeros(1, 129, 129, device=DEVICE),
-                "num_modes": 129,
-                "backend": "triton",
-            },
-            ValueError,
-            "`num_modes` must be at most 128 with backend='triton', got 129",
-        ),
-    ],
-)
-def test_what_the_forward_transform_refuses(
-    arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error) as caught:
-        graph_fourier(**arguments)
-    assert str(caught.value).startswith("graph_fourier: ")
-    assert message in str(caught.value)
-
-
-def bad_inverse(**changes: Any) -> dict[str, Any]:
-    return {"modes": zeros(2, 2, 2, 4), "eigvecs": zeros(2, 3, 3)} | changes
-
-
-RAGGED_INVERSE = {"eigvecs": zeros(13), "ptr": torch.tensor([0, 3, 5])}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (
-            bad_inverse(modes=zeros(2, 2, 4)),
-            ValueError,
-            "`modes` must be (T, B, M, C), got (2, 2, 4)",
-        ),
-        (bad_inverse(modes=zeros(2, 1, 2, 4)), ValueError, "`modes` must be (T, 2, M, C)"),
-        (bad_inverse(modes=zeros(2, 2, 4, 4)), ValueError, "`num_modes` must be between 1 and 3"),
-        (bad_inverse(modes=zeros(2, 2, 2, 4).double()), TypeError, "`modes` must be torch.float32"),
-        (
-            bad_inverse(activation="relu"),
-            ValueError,
-            "`activation` must be None or 'silu', got 'relu'",
-        ),
-        (bad_inverse(residual=zeros(2, 3, 5)), ValueError, "`residual` must be (2, 3, 4)"),
-        (bad_inverse(centroid=zeros(2, 3, 4)), ValueError, "`centroid` must be (2, 3, 2)"),
-        (
-            bad_inverse(modes=zeros(2, 2, 2, 3), centroid=zeros(2, 3, 1)),
-            ValueError,
-            "must have an even number of channels beside a centroid, got 3",
-        ),
-        (
-            bad_inverse(total_atoms=6),
-            ValueError,
-            "`total_atoms` must be absent without `ptr`, got 6",
-        ),
-        (bad_inverse(**RAGGED_INVERSE), ValueError, "`total_atoms` must be given with `ptr`"),
-        (bad_inverse(**RAGGED_INVERSE, total_atoms=6), ValueError, "`ptr` must ascend from 0 to 6"),
-        (
-            bad_inverse(backend="cpp"),
-            ValueError,
-            "`backend` must be one of auto, torch, triton, got 'cpp'",
-        ),
-    ],
-)
-def test_what_the_inverse_refuses(
-    arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error) as caught:
-        inverse_graph_fourier(**arguments)
-    assert str(caught.value).startswith("inverse_graph_fourier: ")
-    assert message in str(caught.value)
-
-
-def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    arguments = bad(backend="triton")
-    with pytest.raises(RuntimeError, match="on cpu, where Triton has only its interpreter"):
-        graph_fourier(**arguments)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="triton is not installed"):
-        graph_fourier(**arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
