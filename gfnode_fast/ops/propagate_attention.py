@@ -9,25 +9,27 @@ waits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gfnode_fast.ops.dispatch import require_triton
 from gfnode_fast.ops.joint_operator import (
     checked_on_cpu,
     choose_solve,
     joint_on_torch,
     register_solve,
 )
-from gfnode_fast.ops.joint_start import pull_first_size
-from gfnode_fast.ops.joint_status import MAX_ATTEMPTS, finished, with_times_checked
-from gfnode_fast.ops.linear_dynamics import check_dynamics, check_state_shape, check_triton
+from gfnode_fast.ops.joint_status import MAX_ATTEMPTS
+from gfnode_fast.ops.linear_dynamics import check_dynamics, check_state_shape
 from gfnode_fast.ops.mode_rhs_registered import attention_gradients, mode_attention
 from gfnode_fast.solvers.rhs import GeneralRHS
 from gfnode_fast.solvers.tableau import ADAPTIVE, kept
+
+if TYPE_CHECKING:
+    from gfnode_fast.kernels.propagate_joint_launch import JointSteps
 
 LARGEST_M = 16
 
@@ -173,37 +175,10 @@ def _states(rows: Tensor, like: Tensor) -> Tensor:
     return states
 
 
-def attention_on_triton(
-    y0: Tensor,
-    key: Tensor,
-    query_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    times: Tensor,
-    solver: str,
-    rtol: float,
-    atol: float,
-    max_attempts: int = MAX_ATTEMPTS,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, record (8,) and rows that were not finite (B·D,); nothing is read on the host."""
-    check_triton("propagate_attention", y0)
-    if y0.shape[1] > LARGEST_M:
-        raise ValueError(
-            f"propagate_attention: `y0` must have at most {LARGEST_M} modes with backend='triton', "
-            f"got {y0.shape[1]}; use backend='torch'"
-        )
-    values, record, _, _, bad = torch.ops.gfnode_fast.propagate_attention(
-        y0, key, query_bias, weight, bias, times.detach().double(), solver, rtol, atol, max_attempts
-    )
-    return values, record, bad
-
-
 @lru_cache(maxsize=16)
 @kept()
-def _constants(
-    solver: str, rtol: float, atol: float, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tables of values (K+1, 8) and of stages (K, 16), as the kernels read them; tolerances."""
+def _tables(solver: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of values (K+1, 8) and of stages (K, 16), as the kernels read them."""
     tableau = ADAPTIVE[solver]
     count = tableau.num_stages
     table = torch.zeros(count + 1, 8, dtype=torch.float64)
@@ -215,91 +190,40 @@ def _constants(
     for i, (alpha, beta) in enumerate(zip(tableau.alpha, tableau.beta, strict=True), start=1):
         stages[i, : len(beta)] = torch.tensor(beta, dtype=torch.float64)
         stages[i, 15] = alpha
-    settings = torch.tensor([rtol, atol], dtype=torch.float64)
-    return table.to(device), stages.to(device), settings.to(device)
+    return table.to(device), stages.to(device)
 
 
-@torch.library.custom_op(
-    "gfnode_fast::propagate_attention",
-    mutates_args=(),
-    schema="(Tensor y0, Tensor key, Tensor query_bias, Tensor weight, Tensor bias, Tensor times, "
-    "str solver, float rtol, float atol, int max_attempts) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _propagate_attention(
+def _launch(
     y0: Tensor,
-    key: Tensor,
-    query_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    dynamics: Sequence[Tensor],
     times: Tensor,
+    last: Tensor,
     solver: str,
-    rtol: float,
-    atol: float,
-    max_attempts: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Values, record; steps and starts, for backward; rows that were not finite."""
+    tolerances: Tensor,
+    attempts: int,
+) -> tuple[Tensor, JointSteps]:
     from gfnode_fast.kernels import propagate_attention_launch as kernels
 
-    require_triton("propagate_attention", y0)
-    table, stages, settings = _constants(solver, rtol, atol, y0.device)
-    dynamics = kernels.Attention(*(p.contiguous() for p in (key, query_bias, weight, bias)))
-    empty = y0.numel() == 0 or times.numel() == 0
-    last = times.new_zeros(()) if empty else times.amax()
-    order = ADAPTIVE[solver].order
-    values, solved = kernels.launch_attention_fwd(
-        y0, dynamics, times.contiguous(), last, table, stages, settings, order, max_attempts
+    tables, order = _tables(solver, y0.device), ADAPTIVE[solver].order
+    attention = kernels.Attention(*dynamics)
+    return kernels.launch_attention_fwd(
+        y0, attention, times, last, *tables, tolerances, order, attempts
     )
-    record = finished(y0.device) if empty else with_times_checked(solved.record, times, last)
-    return values, record, *solved[1:]
 
 
-@torch.library.custom_op(
-    "gfnode_fast::propagate_attention_bwd",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor y0, Tensor key, Tensor query_bias, Tensor weight, Tensor bias, "
-    "Tensor times, Tensor record, Tensor steps, Tensor starts, str solver, float rtol, float atol) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _propagate_attention_bwd(
-    grad: Tensor,
-    y0: Tensor,
-    key: Tensor,
-    query_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    times: Tensor,
-    record: Tensor,
-    steps: Tensor,
-    starts: Tensor,
-    solver: str,
-    rtol: float,
-    atol: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of y0, P, q, W and b."""
+def _launch_bwd(
+    grad: Tensor, solved: JointSteps, dynamics: Sequence[Tensor], times: Tensor, solver: str
+) -> tuple[Tensor, Sequence[Tensor], Tensor]:
     from gfnode_fast.kernels import propagate_attention_launch as kernels
-    from gfnode_fast.kernels.propagate_joint_launch import JointSteps
 
-    table, stages, _ = _constants(solver, rtol, atol, y0.device)
-    dynamics = kernels.Attention(*(p.contiguous() for p in (key, query_bias, weight, bias)))
-    solved = JointSteps(record, steps, starts, record.new_empty(0))
-    grad_y0, grads, grad_size = kernels.launch_attention_bwd(
-        grad, solved, dynamics, times.contiguous(), table, stages
-    )
-    if grad.numel() == 0:
-        return grad_y0, *grads
-    # a first step that was rejected leaves its size as a constant to the ones after it
-    seed = grad_size.where(record[4] > 0, 0)
-    more_y0, more = pull_first_size(
-        seed, y0, AttentionDynamics(*dynamics), ADAPTIVE[solver].order, rtol, atol
-    )
-    key_, query_bias_, weight_, bias_ = (a + b for a, b in zip(grads, more, strict=True))
-    return grad_y0 + more_y0, key_, query_bias_, weight_, bias_
+    tables = _tables(solver, grad.device)
+    return kernels.launch_attention_bwd(grad, solved, kernels.Attention(*dynamics), times, *tables)
 
 
-@_propagate_attention_bwd.register_fake
-def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(p.new_empty(p.shape) for p in inputs[:5])
-
-
-register_solve(_propagate_attention, _propagate_attention_bwd)
+attention_on_triton = register_solve(
+    "propagate_attention",
+    "Tensor key, Tensor query_bias, Tensor weight, Tensor bias",
+    _launch,
+    _launch_bwd,
+    AttentionDynamics,
+)

@@ -7,22 +7,26 @@ launch that reads every molecule's own times; the host never waits.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gfnode_fast.ops.dispatch import require_triton
 from gfnode_fast.ops.joint_operator import (
     checked_on_cpu,
     choose_solve,
     joint_on_torch,
     register_solve,
 )
-from gfnode_fast.ops.joint_start import AffineDynamics, pull_first_size
-from gfnode_fast.ops.joint_status import MAX_ATTEMPTS, finished, with_times_checked
-from gfnode_fast.ops.linear_dynamics import check_linear, check_triton, linear_rhs
+from gfnode_fast.ops.joint_start import AffineDynamics
+from gfnode_fast.ops.joint_status import MAX_ATTEMPTS
+from gfnode_fast.ops.linear_dynamics import check_linear, linear_rhs
 from gfnode_fast.solvers.tableau import ADAPTIVE, Tableau, kept
+
+if TYPE_CHECKING:
+    from gfnode_fast.kernels.propagate_joint_launch import JointSteps
+
+LinearTensors = tuple[Tensor, Tensor | None]  # W and b
 
 
 def propagate_joint(
@@ -82,24 +86,6 @@ def propagate_joint(
     return checked_on_cpu(op, *solved)
 
 
-def joint_on_triton(
-    y0: Tensor,
-    weight: Tensor,
-    slope: Tensor | None,
-    times: Tensor,
-    solver: str,
-    rtol: float,
-    atol: float,
-    max_attempts: int = MAX_ATTEMPTS,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, record (8,) and rows that were not finite (B·D,); nothing is read on the host."""
-    check_triton("propagate_joint", y0)
-    values, record, _, _, bad = torch.ops.gfnode_fast.propagate_joint(
-        y0, weight, slope, times.detach().double(), solver, rtol, atol, max_attempts
-    )
-    return values, record, bad
-
-
 def polynomial_table(tableau: Tableau) -> Tensor:
     """Dense output, end and error of a step of linear dynamics in v_k = y (hW)^k.
 
@@ -129,88 +115,38 @@ def polynomial_table(tableau: Tableau) -> Tensor:
 
 @lru_cache(maxsize=16)
 @kept()
-def _constants(
-    solver: str, rtol: float, atol: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    settings = torch.tensor([rtol, atol], dtype=torch.float64)
-    return polynomial_table(ADAPTIVE[solver]).contiguous().to(device), settings.to(device)
+def _table(solver: str, device: torch.device) -> Tensor:
+    return polynomial_table(ADAPTIVE[solver]).contiguous().to(device)
 
 
-@torch.library.custom_op(
-    "gfnode_fast::propagate_joint",
-    mutates_args=(),
-    schema="(Tensor y0, Tensor weight, Tensor? slope, Tensor times, str solver, float rtol, "
-    "float atol, int max_attempts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _propagate_joint(
+def _launch(
     y0: Tensor,
-    weight: Tensor,
-    slope: Tensor | None,
+    dynamics: LinearTensors,
     times: Tensor,
+    last: Tensor,
     solver: str,
-    rtol: float,
-    atol: float,
-    max_attempts: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Values, record; steps and starts, for backward; rows that were not finite."""
+    tolerances: Tensor,
+    attempts: int,
+) -> tuple[Tensor, JointSteps]:
     from gfnode_fast.kernels import propagate_joint_launch as kernels
 
-    require_triton("propagate_joint", y0)
-    table, settings = _constants(solver, rtol, atol, y0.device)
-    slope = None if slope is None else slope.contiguous()
-    empty = y0.numel() == 0 or times.numel() == 0
-    last = times.new_zeros(()) if empty else times.amax()
-    solved = kernels.launch_joint_steps(
-        y0, weight, slope, last, table, settings, ADAPTIVE[solver].order, max_attempts
-    )
-    values = kernels.launch_joint_read_fwd(solved, weight, slope, table, times, y0.shape[2])
-    record = finished(y0.device) if empty else with_times_checked(solved.record, times, last)
-    return values, record, *solved[1:]
+    table, order = _table(solver, y0.device), ADAPTIVE[solver].order
+    solved = kernels.launch_joint_steps(y0, *dynamics, last, table, tolerances, order, attempts)
+    return kernels.launch_joint_read_fwd(solved, *dynamics, table, times, y0.shape[2]), solved
 
 
-@torch.library.custom_op(
-    "gfnode_fast::propagate_joint_bwd",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor y0, Tensor weight, Tensor? slope, Tensor times, Tensor record, "
-    "Tensor steps, Tensor starts, str solver, float rtol, float atol) -> (Tensor, Tensor, Tensor)",
-)
-def _propagate_joint_bwd(
-    grad: Tensor,
-    y0: Tensor,
-    weight: Tensor,
-    slope: Tensor | None,
-    times: Tensor,
-    record: Tensor,
-    steps: Tensor,
-    starts: Tensor,
-    solver: str,
-    rtol: float,
-    atol: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y0, W and b, the last one (M, C) or (0,)."""
+def _launch_bwd(
+    grad: Tensor, solved: JointSteps, dynamics: LinearTensors, times: Tensor, solver: str
+) -> tuple[Tensor, list[Tensor], Tensor]:
     from gfnode_fast.kernels import propagate_joint_launch as kernels
 
-    table, _ = _constants(solver, rtol, atol, y0.device)
-    slope = None if slope is None else slope.contiguous()
-    solved = kernels.JointSteps(record, steps, starts, record.new_empty(0))
+    table = _table(solver, grad.device)
     grad_y0, *grads, grad_size = kernels.launch_joint_read_bwd(
-        grad, solved, weight, slope, table, times
+        grad, solved, *dynamics, table, times
     )
-    if grad.numel() == 0:
-        return grad_y0, grads[0], grads[1]
-    # a first step that was rejected leaves its size as a constant to the ones after it
-    seed = grad_size.where(record[4] > 0, 0)
-    dynamics = AffineDynamics(weight, slope)
-    more_y0, more = pull_first_size(seed, y0, dynamics, ADAPTIVE[solver].order, rtol, atol)
-    grad_slope = grads[1] if slope is None else grads[1] + more[1]
-    return grad_y0 + more_y0, grads[0] + more[0], grad_slope
+    return grad_y0, grads, grad_size
 
 
-@_propagate_joint_bwd.register_fake
-def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y0, weight, slope, *_ = inputs
-    grad_slope = y0.new_empty(slope.shape if slope is not None else (0,))
-    return y0.new_empty(y0.shape), weight.new_empty(weight.shape), grad_slope
-
-
-register_solve(_propagate_joint, _propagate_joint_bwd)
+joint_on_triton = register_solve(
+    "propagate_joint", "Tensor weight, Tensor? slope", _launch, _launch_bwd, AffineDynamics
+)
