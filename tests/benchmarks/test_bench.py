@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_acceptance, operations, report, run
+from benchmarks import gpu_acceptance, operations, report, run, tests_part
 from benchmarks import measure as measuring
 from benchmarks.accuracy import accuracy
 from benchmarks.agreement import Checker, Disagreement, compare, require
@@ -303,6 +303,15 @@ def test_acceptance_dry_run(part: str, tmp_path: Path) -> None:
     assert text.startswith(f"# {part}")
     assert "C1 as it stands" in text
     assert (CAPTURED in text) == (part in ("core", "matrix"))
+
+
+def test_the_acceptance_knows_every_file_with_gpu_tests() -> None:
+    helpers = [file for file in (ROOT / "tests").glob("*.py") if not file.name.startswith("test_")]
+    named = {file.name for file in helpers if "mark.gpu" in file.read_text()}
+    assert named == {"op_checks.py"}  # whose name for the mark is looked for
+    found = tests_part.marked_files()
+    assert {"tests/test_capture.py", "tests/ops/test_mode_rhs.py"} <= set(found)
+    assert "tests/cli/test_cli.py" not in found
 
 
 def test_acceptance_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
