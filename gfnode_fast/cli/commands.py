@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Literal
 
@@ -146,15 +147,18 @@ def evaluate_command(
         device: auto, cpu, cuda or cuda:N.
         output: directory for the report; default: the run's.
     """
-    report = evaluate(
-        run,
-        molecule=molecule,
-        trajectory=trajectory,
-        dt_fs=dt_fs,
-        split=split,
-        batch_size=batch_size,
-        device=device,
-    )
+    shown = contextlib.nullcontext() if json else console.step_progress("window")
+    with shown as show:
+        report = evaluate(
+            run,
+            molecule=molecule,
+            trajectory=trajectory,
+            dt_fs=dt_fs,
+            split=split,
+            batch_size=batch_size,
+            device=device,
+            progress=None if show is None else lambda done, total: show(done, total, ""),
+        )
     directory = Path(output) if output is not None else Path(report.checkpoint).parent
     directory.mkdir(parents=True, exist_ok=True)
     report.save(directory / "report.json")

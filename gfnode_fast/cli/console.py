@@ -145,14 +145,17 @@ def say_training(result: TrainResult) -> None:
     ended = {
         "completed": "completed",
         "early_stopped": "stopped early: no improvement within the patience",
-        "max_steps": "stopped at max_steps; resumable",
-        "max_seconds": "stopped at max_seconds; resumable",
-        "interrupted": f"interrupted; go on with: gfnode-fast train --resume {result.output}",
+        "max_steps": "stopped at max_steps",
+        "max_seconds": "stopped at max_seconds",
+        "interrupted": "interrupted",
     }[result.status]
     say(f"training {ended}: {result.step} steps, {result.epoch} epochs, {result.seconds:.0f} s")
     if result.best_mse is not None:
         say(f"best validation error {result.best_mse:.4f} Å² after epoch {result.best_epoch}")
     say(f"run: {result.output}")
+    if result.status in ("max_steps", "max_seconds", "interrupted"):
+        without_limit = " --max_steps null" if result.status == "max_steps" else ""
+        say(f"go on with: gfnode-fast train --resume {result.output}{without_limit}")
 
 
 def say_report(report: Report) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from gfnode_fast.cli import console
@@ -10,8 +12,9 @@ from gfnode_fast.cli.console import OK
 from gfnode_fast.cli.spectrum_figure import draw_spectrum
 from gfnode_fast.data import MissingTimeStepError, inspect_trajectory, simulate
 from gfnode_fast.data.readers import Format
+from gfnode_fast.data.sample import sample_file
 from gfnode_fast.spectra import spectral_gap_report
-from gfnode_fast.training.config import DataConfig
+from gfnode_fast.training.config import SAMPLE_PREFIX, DataConfig
 from gfnode_fast.training.problem import molecule_graph, read_trajectory
 
 
@@ -26,15 +29,18 @@ def inspect_command(
     """Print what a trajectory file holds, and whether its frames are consecutive.
 
     Args:
-        file: the trajectory.
+        file: the trajectory, or sample:aspirin or sample:ethanol.
         dt_fs: time between frames, fs, where the file does not say.
         topology: for DCD, XTC and H5 files.
         format: where the file does not tell.
         horizon: frames ahead for the error of "nothing moves".
     """
-    found = inspect_trajectory(
-        file, dt_fs=dt_fs, topology=topology, format=format, horizon=horizon
-    ).as_dict()
+    is_sample = file.startswith(SAMPLE_PREFIX)
+    place = sample_file(file.removeprefix(SAMPLE_PREFIX)) if is_sample else nullcontext(Path(file))
+    with place as path:
+        found = inspect_trajectory(
+            path, dt_fs=dt_fs, topology=topology, format=format, horizon=horizon
+        ).as_dict()
     if json:
         console.say_json(found)
     else:

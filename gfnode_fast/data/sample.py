@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Literal, get_args
 
 from gfnode_fast.data.readers import load_trajectory
@@ -25,10 +27,21 @@ def load_sample(name: SampleName) -> Trajectory:
     TrajectoryError
         When the installed file is damaged (its content hash is compared).
     """
+    with sample_file(name) as path:
+        return load_trajectory(path, format="compact")
+
+
+def sample_file(name: str) -> AbstractContextManager[Path]:
+    """The file of `load_sample`'s trajectory, for as long as the context lasts.
+
+    Raises
+    ------
+    ValueError
+        For another name.
+    """
     if name not in get_args(SampleName):
         raise ValueError(
-            f"load_sample: `name` must be one of {', '.join(get_args(SampleName))}, got {name!r}"
+            f"load_sample: `name` must be one of {', '.join(get_args(SampleName))}, got {name!r}; "
+            "name one of them"
         )
-    resource = files("gfnode_fast.data").joinpath("samples", f"xtb_{name}_heavy.npz")
-    with as_file(resource) as path:
-        return load_trajectory(path, format="compact")
+    return as_file(files("gfnode_fast.data").joinpath("samples", f"xtb_{name}_heavy.npz"))

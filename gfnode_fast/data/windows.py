@@ -221,7 +221,8 @@ def _spans(
         raise ValueError(
             f"draw_windows: `trajectory` must span at least {int(gap * (2 + 1 / share)) + 2} "
             f"frames for three blocks of windows of delta_frame = {delta_frame}, got {length}; "
-            "lower delta_frame, balance `fractions`, or pass split='published'"
+            "lower delta_frame (data.delta_frame of a run), balance `fractions`, or pass "
+            "split='published'"
         )
     return [
         (begin + bounds[block] + block * gap, begin + bounds[block + 1] + block * gap - 1)
@@ -259,8 +260,8 @@ def _choose(
         raise ValueError(
             f"draw_windows: `sizes` must be at most the usable starts, but {name} has "
             f"{len(candidates)} of them for {size} windows (delta_frame = {delta_frame}, "
-            f"num_timesteps = {num_timesteps}); lower sizes, pass None for every start, lower "
-            "delta_frame, or use a longer trajectory"
+            f"num_timesteps = {num_timesteps}); lower that size (data.{name}_size of a run), pass "
+            "None for every start, lower delta_frame, or use a longer trajectory"
         )
     return np.argsort(rng(len(candidates)), kind="stable")[:size]
 

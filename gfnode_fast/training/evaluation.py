@@ -58,6 +58,7 @@ def evaluate(
     split: str = "test",
     batch_size: int | None = None,
     device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Evaluate a trained model on held-out windows, beside the baselines.
 
@@ -76,6 +77,7 @@ def evaluate(
         batch_size: default: that of the training. Within the solver's tolerance the numbers
             depend on it, since one solve serves the whole batch.
         device: where to compute, unless ``run`` is a loaded model.
+        progress: called with the windows done and all of them, batch by batch.
 
     Raises:
         ValueError: an unknown split or molecule, options that do not fit, frames of another
@@ -112,8 +114,17 @@ def evaluate(
         models = {"": trained}
     elif molecule is not None:
         models = {"": choose_model(models, molecule)}
+    problems = {name: _problem(trained, frames) for name, trained in models.items()}
+    done, total = 0, sum(len(problem.windows[split]) for problem in problems.values())
+
+    def count(windows: int) -> None:
+        nonlocal done
+        done += windows
+        if progress is not None:
+            progress(done, total)
+
     tallies = {
-        name: _Tally(_problem(trained, frames), split, trained, batch_size)
+        name: _Tally(problems[name], split, trained, batch_size, count)
         for name, trained in models.items()
     }
     sources = {
@@ -211,7 +222,12 @@ class _Tally:
     """
 
     def __init__(
-        self, problem: Problem, split: str, trained: TrainedModel, batch_size: int | None
+        self,
+        problem: Problem,
+        split: str,
+        trained: TrainedModel,
+        batch_size: int | None,
+        count: Callable[[int], None],
     ) -> None:
         self.problem, self.split, self.trained = problem, split, trained
         self.dataset = problem.dataset(
@@ -234,6 +250,7 @@ class _Tally:
                     errors[name].append(squared.cpu())
                 frames["true"].append(target.flatten(0, 1).cpu())
                 frames["predicted"].append(predictions[MODEL].flatten(0, 1).cpu())
+                count(len(index))
         self.errors = {name: torch.cat(values) for name, values in errors.items()}
         self.frames = {name: torch.cat(values) for name, values in frames.items()}
 

@@ -22,7 +22,7 @@ class TrainEvent:
     Attributes:
         kind: ``start``, ``compile`` (twice, before and after it, with ``model.backend=compiled``),
             ``train`` (a reading), ``validation`` or ``end``.
-        step, total_steps: optimiser steps made, and to make in all.
+        step, total_steps: optimiser steps made, and to make in all (``max_steps`` at most).
         epoch: passes completed.
         values: the numbers of the row just written to the metrics, if any; after compiling those
             of :class:`gfnode_fast.training.break_even.BreakEven`.

@@ -150,6 +150,8 @@ class _Run:
         self.metrics = self._begin_files() if ranks.is_first else None
         self.batches_per_epoch = -(-len(self.train_set) // config.optim.batch_size)
         self.total_steps = config.optim.epochs * self.batches_per_epoch
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
         self.started = time.perf_counter()
         self.seconds_before, self.steps_before = self.position.seconds, self.position.step
 
@@ -188,8 +190,7 @@ class _Run:
 
     def _compile(self) -> None:
         """Compile before the first step, where the model does, and say whether it pays back."""
-        most = self.config.max_steps or self.total_steps
-        to_go = min(most, self.total_steps) - self.position.step
+        to_go = self.total_steps - self.position.step
         if self.model.backend != "compiled" or to_go <= 0:
             return
         self._tell("compile", note="compiling the solves; the first time this takes minutes")

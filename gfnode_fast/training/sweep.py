@@ -12,7 +12,7 @@ from gfnode_fast.spectra import spectral_gap_report
 from gfnode_fast.training.checkpoint import write_json
 from gfnode_fast.training.config import ConfigError, TrainConfig
 from gfnode_fast.training.evaluation import evaluate
-from gfnode_fast.training.events import Callback
+from gfnode_fast.training.events import Callback, TrainEvent
 from gfnode_fast.training.loop import train
 from gfnode_fast.training.problem import molecule_graph, read_trajectory
 from gfnode_fast.training.report import MODEL, NOTHING_MOVES
@@ -87,7 +87,8 @@ def sweep_modes(
     for num_modes in modes:
         output = Path(config.output) / f"modes-{num_modes}"
         run = replace(config, model=replace(config.model, num_modes=num_modes), output=str(output))
-        trained = train(run, resume=(output / "last.json").exists(), progress=progress)
+        told = None if progress is None else _named(progress, f"{num_modes} modes")
+        trained = train(run, resume=(output / "last.json").exists(), progress=told)
         if trained.status == "interrupted":
             break
         report = evaluate(output, device=config.device)
@@ -108,6 +109,15 @@ def sweep_modes(
             found(result)
         write_json(Path(config.output) / "sweep.json", {"results": [asdict(r) for r in results]})
     return results
+
+
+def _named(progress: Callback, name: str) -> Callback:
+    """The same callback, told which run begins."""
+
+    def tell(event: TrainEvent) -> None:
+        progress(replace(event, note=name) if event.kind == "start" else event)
+
+    return tell
 
 
 def save_sweep_figure(results: Sequence[ModeResult], path: str | Path) -> None:

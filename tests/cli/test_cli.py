@@ -52,7 +52,10 @@ def test_train_from_a_file_and_the_command_line_beats_it(config_file, tmp_path, 
 def test_resume(config_file, tmp_path, capsys):
     arguments = ["train", "--config", str(config_file)]
     assert main([*arguments, "--max_steps", "3"]) == 0
-    assert "stopped at max_steps; resumable" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "training stopped at max_steps: 3 steps, 1 epochs" in said
+    assert "step 3/3" in said
+    assert f"go on with: gfnode-fast train --resume {tmp_path / 'run'} --max_steps null" in said
     assert main(arguments) == 2
     assert "must not hold a run already" in one_line(capsys)
     run = str(tmp_path / "run")
@@ -146,6 +149,7 @@ def test_evaluate(finished_run, tmp_path, capsys):
     table = capsys.readouterr().out
     for name in ("GF-NODE", "nothing moves", "x + v t", "mean structure", "bond lengths"):
         assert name in table
+    assert "window 5/5" in table
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
     stored = json.loads((output / "report.json").read_text())
     assert main(["evaluate", str(finished_run), "--output", str(output), "--json"]) == 0
@@ -219,6 +223,10 @@ def test_inspect(trajectory_file, capsys):
     assert "consecutive: yes" in capsys.readouterr().out
     assert main(["data", "inspect", str(trajectory_file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_frames"] == 400
+    assert main(["data", "inspect", "sample:ethanol", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_frames"] == 100_000
+    assert main(["data", "inspect", "sample:water"]) == 2
+    assert "must be one of aspirin, ethanol, got 'water'" in one_line(capsys)
 
 
 def test_spectrum(trajectory_file, tmp_path, capsys):
@@ -248,7 +256,9 @@ def test_sweep_modes(config_file, tmp_path, capsys):
     output = tmp_path / "sweep"
     arguments = ["sweep-modes", "--config", str(config_file), "--output", str(output)]
     assert main([*arguments, "--modes", "1,2,3"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    said = capsys.readouterr().out
+    assert "\n3 modes\n" in said
+    lines = [line.split() for line in said.splitlines()]
     rows = {line[0]: line for line in lines if line and line[0] in ("1", "2", "3")}
     assert rows["2"][1:4] == ["cuts", "an", "eigenspace"]
     found = json.loads((output / "sweep.json").read_text())["results"]

@@ -231,7 +231,7 @@ def test_fractions_and_sizes_are_kept():
         (
             {"sizes": (9000, 1, 1)},
             ValueError,
-            r"train has 978 of them for 9000 windows.*lower sizes",
+            r"train has 978 of them for 9000 windows.*lower that size \(data.train_size of a run\)",
         ),
         (
             {"sizes": (1, 1, 9000), "split": "published"},
