@@ -43,7 +43,7 @@ def load_golden(name: str) -> Golden:
 
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     """‖a - b‖ / max(‖b‖, floor), 0 when both vanish."""
-    actual, expected = actual.detach().double(), expected.detach().double()
+    actual, expected = (x.detach().double().cpu() for x in (actual, expected))
     scale = max(expected.norm().item(), floor)
     difference = (actual - expected).norm().item()
     return difference if scale == 0 else difference / scale

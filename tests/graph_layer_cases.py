@@ -67,6 +67,27 @@ def molecules(count: int, num_atoms: int = 6) -> tuple[int, Edges]:
     return count * num_atoms, (row, col)
 
 
+def odd() -> tuple[int, Edges]:
+    """Duplicates, a loop, isolated nodes, edges in disorder."""
+    pair = torch.tensor([(5, 1), (0, 1), (0, 1), (1, 0), (2, 2), (1, 6), (0, 1)])
+    return 7, (pair[:, 0].contiguous(), pair[:, 1].contiguous())
+
+
+def ragged(sizes: tuple[int, ...] = (1, 5, 12, 2)) -> tuple[int, Edges]:
+    """Molecules of these sizes, chains and a ring, more nodes than a tile has."""
+    pairs, first = [], 0
+    for size in sizes:
+        for atom in range(size - 1):
+            pairs += [(first + atom, first + atom + 1), (first + atom + 1, first + atom)]
+        if size > 10:
+            pairs += [(first, first + size - 1), (first + size - 1, first)]
+        first += size
+    pair = torch.tensor(pairs)[
+        torch.randperm(len(pairs), generator=torch.Generator().manual_seed(5))
+    ]
+    return first, (pair[:, 0].contiguous(), pair[:, 1].contiguous())
+
+
 def make_layer(
     name: str, width: int, activation: nn.Module | None = None, **options: bool
 ) -> nn.Module:
@@ -76,24 +97,26 @@ def make_layer(
 
 
 def make_inputs(num_nodes: int, edges: Edges, copies: int, width: int) -> dict[str, Tensor]:
+    """Random state and edge features, on the edges' device."""
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     rows = copies * num_nodes
-    return {
+    given = {
         "x": randn(rows, 3),
         "v": randn(rows, 3),
         "h": randn(rows, width),
         "edge_fea": randn(edges[0].shape[0], 3),
     }
+    return {key: value.to(edges[0].device) for key, value in given.items()}
 
 
 def published(layer: nn.Module, given: dict[str, Tensor], num_nodes: int, edges: Edges) -> Tensor:
     """The reference's module on copies of the graph; outputs side by side."""
     copies = given["x"].shape[0] // max(num_nodes, 1)
-    offset = torch.arange(copies)[:, None] * num_nodes
+    offset = torch.arange(copies, device=edges[0].device)[:, None] * num_nodes
     row, col = ((offset + end).reshape(-1) for end in edges)
     fea = given["edge_fea"].repeat(copies, 1)
     return torch.cat(layer(given["x"], given["v"], given["h"], row, col, fea), dim=-1)
@@ -128,7 +151,7 @@ def values(
     cotangent = torch.randn(
         out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64
     )
-    out.backward(cotangent.to(out.dtype))
+    out.backward(cotangent.to(out))
     found = {"output": out.detach()}
     for key, leaf in (leaves | dict(layer.named_parameters())).items():
         found[key] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()

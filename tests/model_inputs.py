@@ -67,3 +67,11 @@ def inputs(
         "timeframes": times.to(dtype),
         "U_batch": eigvecs.expand(batch, -1, -1).contiguous(),
     }
+
+
+def moved(given: dict[str, Any], device: str | torch.device) -> dict[str, Any]:
+    """The same inputs on a device."""
+    return {
+        key: tuple(t.to(device) for t in value) if isinstance(value, tuple) else value.to(device)
+        for key, value in given.items()
+    }

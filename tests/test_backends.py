@@ -19,7 +19,7 @@ import gfnode_fast
 from gfnode_fast.nn import backends, fourier_md
 from gfnode_fast.ops import dispatch, graph_layers
 from golden_files import relative_error
-from model_inputs import constructor, inputs
+from model_inputs import constructor, inputs, moved
 
 LAYERS = ("encoder layers", "decoder layers")
 propagate_module = importlib.import_module("gfnode_fast.ops.propagate")
@@ -315,9 +315,7 @@ def test_a_precision_of_its_own_overrides_autocast(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("solver_mode", ["joint", "exact"])
 def test_a_step_on_triton_waits_for_nothing(solver_mode: str) -> None:
     model = build(backend="triton", solver_mode=solver_mode).cuda()
-    given = inputs()
-    given["edge_index"] = tuple(end.cuda() for end in given["edge_index"])
-    given = {k: v.cuda() if torch.is_tensor(v) else v for k, v in given.items()}
+    given = moved(inputs(), "cuda")
     model(**given)[0].square().mean().backward()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -15,7 +15,7 @@ from torchdiffeq._impl.odeint import SOLVERS
 import gfnode_fast
 from gfnode_fast import reference
 from golden_files import relative_error
-from model_inputs import constructor, inputs
+from model_inputs import constructor, inputs, moved
 
 LAYERS = ("egnn", "graphsage", "gcn")
 INTERACTIONS = ("no_interaction", "attention", "concat")
@@ -150,11 +150,7 @@ def test_to_moves_everything() -> None:
 def test_to_cuda() -> None:
     model = gfnode_fast.FourierMD(**constructor())
     expected = model(**inputs())[0]
-    given = {
-        key: tuple(t.cuda() for t in value) if isinstance(value, tuple) else value.cuda()
-        for key, value in inputs().items()
-    }
-    actual = model.to("cuda")(**given)[0]
+    actual = model.to("cuda")(**moved(inputs(), "cuda"))[0]
     assert actual.is_cuda
     assert relative_error(actual.cpu(), expected) < 1e-5
 

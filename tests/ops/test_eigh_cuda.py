@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gfnode_fast.ops import eigh
 from gfnode_fast.ops.eigh import eigh_batched
 from symmetric_matrices import BOUND, DTYPES, KINDS, NORMS, bits, check, matrix, measures, random
 
@@ -202,7 +203,7 @@ def test_gpu_current_stream() -> None:
 @pytest.mark.gpu
 def test_gpu_second_device() -> None:
     if torch.cuda.device_count() < 2:
-        pytest.skip("one CUDA device alone is visible to torch")
+        pytest.xfail("this machine has one GPU; solves on cuda:1 stay unverified")
     A = random(40, batch=(10,)).to("cuda:1")
     w, V = eigh_batched(A, backend="cpp")
     assert w.device == A.device
@@ -211,7 +212,9 @@ def test_gpu_second_device() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_large_matrices_go_to_torch() -> None:
-    A = random(200, batch=(3,))
-    w, V = eigh_batched(A.cuda())
-    check(A, w.cpu(), V.cpu())
+def test_gpu_large_matrices_go_to_torch_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    A = random(200, batch=(5,))
+    whole = eigh_batched(A.cuda())
+    monkeypatch.setattr(eigh, "LARGEST_CHUNK", 2 * 200 * 200)
+    for w, V in (whole, eigh_batched(A.cuda())):
+        check(A, w.cpu(), V.cpu())

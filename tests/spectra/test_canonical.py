@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.data import build_graph, load_sample
+from gfnode_fast.ops import eigh_batched
 from gfnode_fast.spectra import (
+    Graphs,
     canonical_basis,
     eigenspaces,
     graph_laplacian,
@@ -132,6 +134,24 @@ def test_solvers_agree(solver: str) -> None:
         torch.testing.assert_close(canonical_basis(w, V), ours, atol=1e-10, rtol=0, msg=name)
         rounded = graph_spectrum(batch_of([a])).U[0]
         torch.testing.assert_close(canonical_basis(w, V).float(), rounded, atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_a_gpu_agrees(backend: str) -> None:
+    """Laplacians, solver and canonical basis on the device, in one batch, against the CPU."""
+    graphs = batch_of(list(SHAPES.values()))
+    expected = graph_spectrum(graphs, dtype=torch.float64)
+    there = Graphs(graphs.row.cuda(), graphs.col.cuda(), graphs.ptr.cuda())
+    matrices = graph_laplacian(there)
+    assert torch.equal(matrices.cpu(), graph_laplacian(graphs))
+    w, V = eigh_batched(matrices, there.sizes, backend=backend)
+    U = canonical_basis(w, V, there.sizes)
+    assert U.is_cuda
+    torch.testing.assert_close(w.cpu(), expected.w, atol=1e-11, rtol=0)
+    torch.testing.assert_close(U.cpu(), expected.U, atol=1e-10, rtol=0)
+    rounded = graph_spectrum(there).U.cpu()
+    torch.testing.assert_close(rounded, graph_spectrum(graphs).U, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "random_walk"])
