@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from gfnode_fast.nn.arguments import arguments_of
 from gfnode_fast.nn.backends import BackendReport
 from gfnode_fast.nn.fourier_md import FourierMD
-from gfnode_fast.nn.hooks import refuse_hooks
+from gfnode_fast.nn.uncalled import refuse_changes
+from gfnode_fast.reference.model import FourierMD as PublishedFourierMD
 from gfnode_fast.solvers.mode import SolverMode
 from gfnode_fast.solvers.stats import SolveStats
 
@@ -33,6 +34,13 @@ UNTOLD = (
 CHANGEABLE = ("num_atoms", "num_timesteps", "delta_frame")  # which training code sets later
 
 
+class _Lent(FourierMD):
+    """With the parameters of a model whose own modules `AcceleratedForward` looks at."""
+
+    def _refuse_changes(self, *parts: str) -> None:
+        pass
+
+
 class AcceleratedForward:
     """`forward` of an accelerated model: our arithmetic on its parameters.
 
@@ -43,31 +51,31 @@ class AcceleratedForward:
     def __init__(self, model: nn.Module, fast: FourierMD) -> None:
         self.model = model
         self.fast = fast
-        self.replaced = model.__dict__.get("forward")
         self.fixed = {
             name: getattr(model, name)
             for name in UNTOLD
             if name not in CHANGEABLE and hasattr(model, name)
         }
         self.modules = [
-            (parent, name, child)
-            for parent in model.modules()
+            (f"{path}.{name}" if path else name, parent, name, child)
+            for path, parent in model.named_modules()
             for name, child in parent.named_children()
         ]
         self.tables = [
-            (path, module, tuple(module._modules), tuple(module._parameters))
+            (path, module, type(module), tuple(module._modules), tuple(module._parameters))
             for path, module in model.named_modules()
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        for parent, name, child in self.modules:
+        for path, parent, name, child in self.modules:
             if parent._modules.get(name) is not child:
                 raise RuntimeError(
-                    f"accelerate: `model.{name}` must be the module that was accelerated, got "
+                    f"accelerate: `model.{path}` must be the module that was accelerated, got "
                     "another; call restore(model), then accelerate(model) again"
                 )
+        self.refuse_changes()
         if not torch.compiler.is_compiling():
-            self._check_submodules()
+            self._check_tables()
         for name, fixed in self.fixed.items():
             value = getattr(self.model, name, None)
             if value is not fixed and value != fixed:
@@ -84,18 +92,43 @@ class AcceleratedForward:
         outputs: tuple[Tensor, Tensor, Tensor, Tensor] = self.fast(*args, **kwargs)
         return outputs
 
-    def _check_submodules(self) -> None:
-        for name, child in self.model.named_children():
-            refuse_hooks("accelerate", child, f"model.{name}", "remove it, or call restore(model)")
-        for path, module, children, parameters in self.tables:
-            if tuple(module._modules) != children or tuple(module._parameters) != parameters:
-                where = f"model.{path}" if path else "model"
-                found = sorted({*module._modules, *module._parameters})
-                raise RuntimeError(
-                    f"accelerate: `{where}` must hold {sorted({*children, *parameters})}, as when "
-                    f"it was accelerated, got {found}; call restore(model), then accelerate(model) "
-                    "again"
+    def refuse_changes(self) -> None:
+        """Raise for what the model's own forward would run and ours would not."""
+        of_layers = self.fast.layer_activation
+        for part, child in self.model._modules.items():
+            if child is not None:
+                activation = self.fast.activation if part == "activation" else of_layers
+                refuse_changes(
+                    "accelerate",
+                    self.model,
+                    part,
+                    activation,
+                    "call restore(model)",
+                    prefix="model.",
+                    foreign=True,
                 )
+
+    def _check_tables(self) -> None:
+        again = "as when it was accelerated"
+        remedy = "call restore(model), then accelerate(model) again"
+        for path, module, kind, children, parameters in self.tables:
+            if (
+                type(module) is kind
+                and tuple(module._modules) == children
+                and tuple(module._parameters) == parameters
+            ):
+                continue
+            where = f"model.{path}" if path else "model"
+            if type(module) is not kind:
+                raise RuntimeError(
+                    f"accelerate: `{where}` must be of class {kind.__name__}, {again}, got "
+                    f"{type(module).__name__}; {remedy}"
+                )
+            found = sorted({*module._modules, *module._parameters})
+            raise RuntimeError(
+                f"accelerate: `{where}` must hold {sorted({*children, *parameters})}, {again}, got "
+                f"{found}; {remedy}"
+            )
 
     def backend_report(self) -> BackendReport:
         """What runs in each part, and why."""
@@ -137,18 +170,21 @@ def accelerate(
         `forward` is an `AcceleratedForward`, with `backend_report()` and `last_solve`.
 
     Raises:
-        TypeError: not a module, one of ours that is fast already, or with another module where
-            the published model has an nn.Linear.
+        TypeError: not a module, one of ours that is fast already, or with another class or
+            activation where the published model has one of torch's, or of this package's where it
+            is the package's model.
         ValueError: accelerated already; names what is missing of the published attributes and
             state_dict; arguments that `FourierMD` refuses.
-        RuntimeError: a backend that is not there; in `forward`, a submodule or parameter replaced,
-            added or taken away, or one of those attributes changed, since; a hook on a submodule,
-            such as pruning leaves behind, which would not run.
+        RuntimeError: a backend that is not there; a hook on a submodule, such as pruning leaves
+            behind, or a forward put on the model or a submodule, which would not run; in `forward`
+            also a submodule or parameter replaced, added or taken away, or one of those attributes
+            changed, since.
 
     Notes:
-        Hooks on the model run. num_atoms, num_timesteps and delta_frame are read at every call and
+        Hooks on the model run. The forward that a class of somebody else's has is taken to be the
+        published one. num_atoms, num_timesteps and delta_frame are read at every call and
         may change. Other attributes of the model may not, which is noticed, nor those of its
-        submodules, which is not. Graphs of torch.compile do not look for hooks.
+        submodules, which is not. Graphs of torch.compile look at classes and hooks when traced.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -164,9 +200,10 @@ def accelerate(
             "accelerate: `model` must not be accelerated, got one that is; call restore(model) "
             "first"
         )
+    _check_forward(model)
     published = _published_arguments(model, arguments)
     with torch.random.fork_rng(devices=()), torch.device("meta"):  # no numbers drawn, no memory
-        fast = FourierMD(
+        fast = _Lent(
             **published,
             device="meta",
             backend=backend,
@@ -180,8 +217,10 @@ def accelerate(
         if module._parameters:
             # The table itself, so that whatever is later put into the model is in both.
             module._parameters = _table_of(model, name, module)
+    forward = AcceleratedForward(model, fast)
+    forward.refuse_changes()
     fast.backend_report()
-    model.forward = AcceleratedForward(model, fast)
+    model.forward = forward
     return model
 
 
@@ -204,9 +243,24 @@ def restore(model: nn.Module) -> nn.Module:
             "returned"
         )
     del model.forward
-    if forward.replaced is not None:
-        model.forward = forward.replaced
     return model
+
+
+def _check_forward(model: nn.Module) -> None:
+    """Refuse one whose own forward would be lost, if that can be told."""
+    if "forward" in vars(model):
+        got = getattr(model.forward, "__qualname__", type(model.forward).__qualname__)
+        raise RuntimeError(
+            f"accelerate: `model` must have its class's forward, got {got} put on it; undo that, "
+            "and wrap or compile the model after accelerate"
+        )
+    if isinstance(model, PublishedFourierMD):
+        for name, method in vars(PublishedFourierMD).items():
+            if callable(method) and name != "__init__" and getattr(type(model), name) is not method:
+                raise TypeError(
+                    f"accelerate: `model` must have the published {name}, got "
+                    f"{type(model).__qualname__}.{name}; subclass gfnode_fast.FourierMD instead"
+                )
 
 
 def _published_arguments(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,7 +305,7 @@ def _published_arguments(model: nn.Module, given: Mapping[str, Any]) -> dict[str
 
 
 def _check_state(model: nn.Module, fast: FourierMD) -> None:
-    """The same names and shapes, as load_state_dict(strict=True) asks for."""
+    """The same names and shapes, as load_state_dict(strict=True) asks for, and layers."""
     theirs = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     ours = {name: tuple(value.shape) for name, value in fast.state_dict().items()}
     for name in [*ours, *theirs]:
@@ -260,15 +314,17 @@ def _check_state(model: nn.Module, fast: FourierMD) -> None:
                 f"accelerate: `model` must have {name} of shape {ours.get(name, 'none')}, got "
                 f"{theirs.get(name, 'none')}; pass a module with the published state_dict"
             )
+    for part in ("encode_layers", "decode_layers"):  # in which one may have no parameters
+        found, expected = (list(getattr(m, part)._modules) for m in (model, fast))
+        if found != expected:
+            raise ValueError(
+                f"accelerate: `model.{part}` must hold the layers {expected} alone, got {found}; "
+                "take the others away"
+            )
 
 
 def _table_of(model: nn.Module, name: str, like: nn.Module) -> dict[str, nn.Parameter | None]:
     module = model.get_submodule(name)
-    if isinstance(like, nn.Linear) and type(module).forward is not nn.Linear.forward:
-        raise TypeError(
-            f"accelerate: `model.{name}` must be an nn.Linear, whose weight says all that it does, "
-            f"got {type(module).__name__}; put one there first"
-        )
     table = module._parameters
     if missing := sorted(set(like._parameters) - set(table)):
         raise ValueError(

@@ -25,7 +25,7 @@ from gfnode_fast.nn.backends import (
     requested_backend,
 )
 from gfnode_fast.nn.graph_layers import apply_layer, layers_kept
-from gfnode_fast.nn.hooks import refuse_hooks
+from gfnode_fast.nn.uncalled import refuse_changes
 from gfnode_fast.ops.edge_differences import edge_differences
 from gfnode_fast.ops.graph_layers_torch import State
 from gfnode_fast.ops.joint_status import check_max_attempts
@@ -94,8 +94,14 @@ class FourierMD(reference.FourierMD):
         the model's precision.
 
         Hooks on the model, its embedding and the VAE's linears run. Layers and propagators are
-        called as modules with backend="reference" alone: elsewhere a hook on one of theirs, such as
-        pruning leaves behind, is refused by name in `forward`. Graphs of torch.compile do not look.
+        called as modules with backend="reference" alone: elsewhere what would not run is refused
+        by name in `forward`: a hook on one of theirs, such as pruning leaves behind, a forward put
+        on one, a class with another forward in its place, an activation that is not the model's,
+        a module appended to an MLP. Graphs of torch.compile look when they are traced.
+
+        Gradients are those of `backward` and torch.autograd.grad, one at a time: the solves and
+        compiled layers raise in torch.func.grad, jvp, vjp and vmap, in forward-mode AD and under
+        is_grads_batched. Use backend="reference" there.
 
         With Triton solves on a GPU nothing waits for the device: a solve that fails, or times that
         are not positive, give NaN and raise at a later step or when `last_solve` is read.
@@ -107,8 +113,9 @@ class FourierMD(reference.FourierMD):
     Raises:
         TypeError, ValueError: an argument with which the published model crashes, or that
             conflicts with the others; the message names it.
-        RuntimeError: a backend that is not there; in `forward`, a hook that would not run.
-            There also TypeError: a layer's linear replaced by a module with another forward.
+        RuntimeError: a backend that is not there; in `forward`, a hook or a forward put on a module
+            that would not run. There also TypeError, ValueError: one replaced or appended that
+            would not.
     """
 
     def __init__(
@@ -160,12 +167,17 @@ class FourierMD(reference.FourierMD):
             parts=dict(self._parts()),
         )
 
+    @property
+    def layer_activation(self) -> nn.Module:
+        """What every MLP of the graph layers applies."""
+        return nn.Tanh() if self.flat else self.activation
+
     def _request(self) -> Request:
         return Request(
             backend=Part(self.backend, self.backend_reason),
             precision=self.precision,
             solver_mode=self.solver_mode,
-            layer_activation=nn.Tanh() if self.flat else self.activation,
+            layer_activation=self.layer_activation,
             signal_activation=self.activation,
             basis=self.fourier_basis,
             solves={
@@ -253,7 +265,7 @@ class FourierMD(reference.FourierMD):
         edge_fea: Tensor,
         num_copies: int,
     ) -> State:
-        self._refuse_hooks("encode_layers" if layers is self.encode_layers else "decode_layers")
+        self._refuse_changes("encode_layers" if layers is self.encode_layers else "decode_layers")
         dtype = self.embedding.weight.dtype
         x, v, h, edge_fea = (tensor.to(dtype) for tensor in (*state, edge_fea))
         state = (x, v, h)
@@ -271,10 +283,12 @@ class FourierMD(reference.FourierMD):
                 )
         return state
 
-    def _refuse_hooks(self, part: str) -> None:
-        if not torch.compiler.is_compiling():
-            remedy = "remove it, or use backend='reference', which calls every module"
-            refuse_hooks(type(self).__name__, getattr(self, part), part, remedy)
+    def _refuse_changes(self, *parts: str) -> None:
+        of_layers = self.layer_activation
+        for part in parts:
+            activation = of_layers if part.endswith("layers") else self.activation
+            remedy = "use backend='reference', which calls every module"
+            refuse_changes(type(self).__name__, self, part, activation, remedy)
 
     def _first_kept(self, layers: nn.ModuleList, num_edges: int, backend: str) -> int:
         """The first of the layers whose edge intermediates are kept for backward."""
@@ -313,7 +327,7 @@ class FourierMD(reference.FourierMD):
         is_opaque = torch.compiler.is_compiling() and backend in ("torch", "reference")
         if backend == "reference" and not is_opaque:
             return super()._propagated(propagator, signal, s, eigvecs, beside)
-        self._refuse_hooks(part)
+        self._refuse_changes(part, "activation")
         with torch.autocast(signal.device.type, enabled=False):
             signal = signal.to(self.embedding.weight.dtype)
             if is_opaque:

@@ -150,7 +150,7 @@ class GFNODE(FourierMD):
     ) -> Tensor:
         is_features = propagator is self.freq_conv
         part = "freq_conv" if is_features else "freq_conv_x"
-        self._refuse_hooks(part)
+        self._refuse_changes(part, "activation")
         stats = self.last_solve[part]
         stats.reset()
         with torch.autocast(signal.device.type, enabled=False):

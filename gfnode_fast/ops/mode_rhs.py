@@ -85,6 +85,9 @@ def _value(module: nn.Module, name: str) -> Tensor:
     found: Any = module
     for part in name.split("."):
         found = getattr(found, part)
+    if found is None:  # a bias that was taken away
+        weight = _value(module, name.removesuffix("bias") + "weight")
+        return weight.new_zeros(weight.shape[0])
     value: Tensor = found
     return value
 

@@ -74,7 +74,8 @@ def mean_onto_nodes(values: Tensor, row: Tensor, num_nodes: int) -> Tensor:
     return sum_onto_nodes(values, row, num_nodes) / degree.clamp(min=1)
 
 
-def _difference(x: Tensor, row: Tensor, col: Tensor) -> Tensor:
+def difference(x: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """x_row - x_col, (E, 3)."""
     return x[row] - x[col]
 
 
@@ -88,7 +89,7 @@ class EGNNLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = norm
-        self.difference = _difference  # replaceable: see nn/fourier_md.py
+        self.difference = difference  # replaceable: see nn/fourier_md.py
         self.edge_message_net = EdgeMessage(width, edge_width, activation, flat=flat)
         self.coord_net = MLP(width, width, 1, activation, flat=flat)
         self.node_v_net = MLP(width, width, 1, activation, flat=flat)
