@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gfnode_fast.kernels.launch import (
-    acc_type,
     ceil_div,
-    dot_block,
-    dot_precision,
     next_power_of_2,
     on_device_of,
     unit_stride,
@@ -21,13 +19,12 @@ from gfnode_fast.kernels.propagate_attention import (
     _attention_init_kernel,
 )
 from gfnode_fast.kernels.propagate_attention_bwd import _attention_bwd_kernel
-from gfnode_fast.kernels.propagate_joint_launch import JointSteps, empty_steps
-from gfnode_fast.kernels.registry import AotCase, of_ones
+from gfnode_fast.kernels.propagate_joint_launch import TYPES, JointSteps, empty_steps
+from gfnode_fast.kernels.registry import AotCase
+from gfnode_fast.kernels.solve_launch import BLOCK_R, NUM_WARPS, solve_case, solve_cases, tile
 
-BLOCK_R = 16
 MAX_BLOCK_T = 4
 BWD_BLOCK_T = 2
-NUM_WARPS = 8
 MAX_REGISTERS = 160  # of the initial step; without it ptxas spills to fit more warps
 MAX_PROGRAMS = 256  # of backward, each with its own share of the parameters' gradients
 
@@ -42,12 +39,8 @@ class Attention(NamedTuple):
 
 
 def _constexprs(dynamics: Attention) -> dict[str, Any]:
-    dtype = dynamics.key.dtype
-    return {
-        "HAS_SLOPE": len(dynamics.bias) == 2, "BLOCK_R": BLOCK_R,
-        "BLOCK_C": dot_block(dynamics.key.shape[0]), "PRECISION": dot_precision(dtype),
-        "ACC": acc_type(dtype), "num_warps": NUM_WARPS,
-    }  # fmt: skip
+    key, _, _, bias = dynamics
+    return tile(len(key), key.dtype, len(bias) == 2) | {"num_warps": NUM_WARPS}
 
 
 def launch_attention_fwd(
@@ -130,89 +123,41 @@ def launch_attention_bwd(
 
 
 def aot_cases() -> list[AotCase]:
-    """Feature width 64, with and without a slope in time; coordinates (C = 2); fp64."""
-    cases = [
-        case
-        for channels, dtype, has_slope in (
-            (64, "fp32", False),
-            (64, "fp32", True),
-            (2, "fp32", True),
-            (64, "fp64", True),
-        )
-        for case in _aot_cases(channels, dtype, has_slope)
-    ]
-    sizes = (
-        "num_rows",
-        "num_modes",
-        "num_components",
-        "num_times",
-        "num_partials",
-        "num_entries",
-        "num_tiles",
-    )
-    narrow = [case for case in cases if "C=2" in case.name]
-    return [*cases, *of_ones(narrow, *sizes)]
+    """As `solve_cases`; affine is what moves in time."""
+    sizes = "num_rows num_modes num_components num_times num_partials num_entries num_tiles"
+    return solve_cases(_aot_cases, True, *sizes.split())
 
 
 def _aot_cases(channels: int, dtype: str, has_slope: bool) -> list[AotCase]:
-    torch_dtype = torch.float64 if dtype == "fp64" else torch.float32
-    in_fp64 = [
-        "table",
-        "stages",
-        "settings",
-        "times",
-        "last",
-        "record",
-        "steps",
-        "partial",
-        "grad_size",
-    ]
-    types = dict.fromkeys(in_fp64, "*fp64") | {"bad": "*i32"}
-    tile = {
-        "HAS_SLOPE": has_slope, "BLOCK_R": BLOCK_R, "BLOCK_C": dot_block(channels),
-        "PRECISION": dot_precision(torch_dtype), "ACC": acc_type(torch_dtype),
-    }  # fmt: skip
-    aligned = ("stride_", "num_channels", "num_entries") if channels % 16 == 0 else ("none",)
-
-    def case(kernel: Any, name: str, tensors: str, integers: str, **more: object) -> AotCase:
-        reason = None
-        if dtype == "fp64":
-            reason = "for checking only: no fp64 tensor products on sm_100"
-        elif name == "bwd" and channels == 64:
-            reason = "up to 56 bytes of addresses a thread on sm_80, with fewer times no less"
-        return AotCase(
-            kernel=kernel,
-            name=f"attention_{name} {dtype} C={channels}" + (" in time" if has_slope else ""),
-            signature={f"{t}_ptr": types.get(t, f"*{dtype}") for t in tensors.split()}
-            | dict.fromkeys(integers.split(), "i32"),
-            constexprs=tile | more,
-            num_warps=NUM_WARPS,
-            divisible_by_16=tuple(i for i in integers.split() if i.startswith(aligned)),
-            allowed_spills_reason=reason,
-            options={"maxnreg": MAX_REGISTERS} if name.startswith("init") else {},
-        )
-
+    case = functools.partial(
+        solve_case, channels=channels, dtype=dtype, has_slope=has_slope, types=TYPES,
+        aligned=("stride_", "num_channels", "num_entries"),
+    )  # fmt: skip
     dynamics = "key query_bias weight bias"
     sizes = "num_rows num_modes num_components num_channels"
-    init = (
-        f"y0 {dynamics} settings starts partial bad workspace",
-        f"stride_yb stride_ym stride_yd num_tiles num_entries {sizes}",
-    )
-    return [
-        case(_attention_init_kernel, "init", *init, SECOND=False),
-        case(_attention_init_kernel, "init_second", *init, SECOND=True),
+    init = [
         case(
-            _attention_attempt_kernel, "attempt",
+            _attention_init_kernel, name, f"y0 {dynamics} settings starts partial bad workspace",
+            f"stride_yb stride_ym stride_yd num_tiles num_entries {sizes}", SECOND=second,
+            options={"maxnreg": MAX_REGISTERS},
+        )
+        for name, second in (("attention_init", False), ("attention_init_second", True))
+    ]  # fmt: skip
+    return [
+        *init,
+        case(
+            _attention_attempt_kernel, "attention_attempt",
             f"{dynamics} table stages settings times last record steps starts partial bad out "
             "workspace",
             f"attempt max_attempts num_partials num_entries order degree {sizes} num_times",
             BLOCK_T=MAX_BLOCK_T,
         ),
         case(
-            _attention_bwd_kernel, "bwd",
+            _attention_bwd_kernel, "attention_bwd",
             f"grad starts {dynamics} table stages times record steps grad_y0 "
             f"{' '.join('grad_' + name for name in dynamics.split())} grad_size workspace",
             f"degree stride_gt stride_gb stride_gm stride_gd {sizes} num_times",
             BLOCK_T=BWD_BLOCK_T,
+            spills="up to 56 bytes of addresses a thread on sm_80, with fewer times no less",
         ),
     ]  # fmt: skip

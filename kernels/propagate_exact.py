@@ -29,8 +29,13 @@ on hardware.
 import triton
 import triton.language as tl
 
-from gfnode_fast.kernels.integers import as_int64
-from gfnode_fast.kernels.linear_dynamics import _load_square, _next_power, _slope_share
+from gfnode_fast.kernels.linear_dynamics import (
+    _load_slope,
+    _load_square,
+    _next_power,
+    _slope_share,
+    _value_offsets,
+)
 
 
 @triton.jit
@@ -40,7 +45,7 @@ def _zero_arrived(state, last, step):
 
 @triton.jit
 def _end_of_step(
-    state, last, weight, bias, step, degree, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    state, last, weight, slope, step, degree, HAS_SLOPE: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """State at a step's end."""
@@ -48,7 +53,7 @@ def _end_of_step(
     end = p
     factor = tl.full((), 1.0, ACC)
     for k in range(1, degree + 1):
-        p = _next_power(p, weight, bias, k, step, 1, HAS_BIAS, PRECISION, ACC)
+        p = _next_power(p, weight, slope, k, step, 1, HAS_SLOPE, PRECISION, ACC)
         factor = factor / k
         end += factor * p
     return end
@@ -76,7 +81,7 @@ def _num_steps(last, MAX_STEPS: tl.constexpr):
 def _propagate_exact_fwd_kernel(
     y0_ptr,
     weight_ptr,
-    bias_ptr,
+    slope_ptr,
     times_ptr,
     plan_ptr,
     out_ptr,
@@ -92,7 +97,7 @@ def _propagate_exact_fwd_kernel(
     num_components,
     num_channels,
     num_times,
-    HAS_BIAS: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -112,19 +117,9 @@ def _propagate_exact_fwd_kernel(
     size = 1.0 / substeps
     weight = weight_ptr + mode * stride_wm
     weight = _load_square(weight, c, stride_wi, c, stride_wo, num_channels) * size
-    bias = tl.zeros((BLOCK_C,), ACC)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + mode * num_channels + c, mask=mask_c, other=0.0) * size * size
+    slope = _load_slope(slope_ptr, mode, c, num_channels, HAS_SLOPE, ACC) * size * size
     x, mask_t = _row_times(
-        times_ptr,
-        row,
-        mask_r,
-        num_components,
-        first_time,
-        num_times,
-        substeps.to(ACC),
-        BLOCK_T,
-        ACC,
+        times_ptr, row, mask_r, num_components, first_time, num_times, substeps, BLOCK_T, ACC
     )
     last = tl.max(x, axis=0)
     at = (row // num_components) * stride_yb + mode * stride_ym
@@ -139,7 +134,7 @@ def _propagate_exact_fwd_kernel(
         end = p
         factor = tl.full((), 1.0, ACC)
         for k in range(1, degree + 1):
-            p = _next_power(p, weight, bias, k, step, 1, HAS_BIAS, PRECISION, ACC)
+            p = _next_power(p, weight, slope, k, step, 1, HAS_SLOPE, PRECISION, ACC)
             share = share * (x - step) / k
             acc += share[:, :, None] * p[None, :, :]
             factor = factor / k
@@ -147,11 +142,9 @@ def _propagate_exact_fwd_kernel(
         state = end
     good_time = (x > 0) & (x <= MAX_STEPS)
     acc = tl.where(good_time[:, :, None], acc, float("nan"))
-    t = first_time + tl.arange(0, BLOCK_T)
-    molecule = row // num_components
-    batch = as_int64(num_rows) // num_components
-    to = (t[:, None] * batch + molecule[None, :]) * num_modes + mode
-    to = (to * num_components + (row % num_components)[None, :]) * num_channels
+    to = _value_offsets(
+        first_time, row, mode, num_rows, num_modes, num_components, num_channels, BLOCK_T
+    )
     mask = mask_t[:, :, None] & mask_c[None, None, :]
     tl.store(out_ptr + to[:, :, None] + c[None, None, :], acc, mask=mask)
     # NaN and infinities fail both comparisons
@@ -209,12 +202,12 @@ def _propagate_exact_bwd_kernel(
     grad_ptr,
     y0_ptr,
     weight_ptr,
-    bias_ptr,
+    slope_ptr,
     times_ptr,
     plan_ptr,
     grad_y0_ptr,
     grad_weight_ptr,
-    grad_bias_ptr,
+    grad_slope_ptr,
     workspace_ptr,
     stride_gt,
     stride_gb,
@@ -233,7 +226,7 @@ def _propagate_exact_bwd_kernel(
     num_times,
     max_degree,
     max_starts,
-    HAS_BIAS: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -252,9 +245,7 @@ def _propagate_exact_bwd_kernel(
     size = 1.0 / substeps
     weight_ptr += mode * stride_wm
     weight = _load_square(weight_ptr, c, stride_wi, c, stride_wo, num_channels) * size
-    bias = tl.zeros((BLOCK_C,), ACC)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + mode * num_channels + c, mask=mask_c, other=0.0) * size * size
+    slope = _load_slope(slope_ptr, mode, c, num_channels, HAS_SLOPE, ACC) * size * size
     # a program's tiles: P_0 ... P_{K-1}, what the values give P_0 ... P_K, states at steps' starts
     TILE: tl.constexpr = BLOCK_R * BLOCK_C
     workspace_ptr += slot * (2 * max_degree + 1 + max_starts) * TILE
@@ -262,7 +253,7 @@ def _propagate_exact_bwd_kernel(
     pulled_ptr = derivatives_ptr + max_degree * TILE
     starts_ptr = pulled_ptr + (max_degree + 1) * TILE
     grad_weight = tl.zeros((BLOCK_C, BLOCK_C), ACC)
-    grad_bias = tl.zeros((BLOCK_C,), ACC)
+    grad_slope = tl.zeros((BLOCK_C,), ACC)
     for first_row in range(program * BLOCK_R, num_rows, tl.num_programs(0) * BLOCK_R):
         row = first_row + r
         mask_r = row < num_rows
@@ -279,7 +270,7 @@ def _propagate_exact_bwd_kernel(
         tl.store(starts_ptr, state)
         for step in range(1, tl.minimum(steps, max_starts)):
             state = _end_of_step(
-                state, last, weight, bias, step - 1, degree, HAS_BIAS, PRECISION, ACC
+                state, last, weight, slope, step - 1, degree, HAS_SLOPE, PRECISION, ACC
             )
             tl.store(starts_ptr + step * TILE, state)
         from_row = molecule * stride_gb + mode * stride_gm + component * stride_gd
@@ -290,12 +281,12 @@ def _propagate_exact_bwd_kernel(
             tl.debug_barrier()
             p = tl.load(starts_ptr + kept * TILE)
             for i in range(kept, step):
-                p = _end_of_step(p, last, weight, bias, i, degree, HAS_BIAS, PRECISION, ACC)
+                p = _end_of_step(p, last, weight, slope, i, degree, HAS_SLOPE, PRECISION, ACC)
             p = _zero_arrived(p, last, step)
             factor = tl.full((), 1.0, ACC)
             for k in range(1, degree + 1):
                 tl.store(derivatives_ptr + (k - 1) * TILE, p)
-                p = _next_power(p, weight, bias, k, step, 1, HAS_BIAS, PRECISION, ACC)
+                p = _next_power(p, weight, slope, k, step, 1, HAS_SLOPE, PRECISION, ACC)
                 factor = factor / k
             _pull_values(
                 grad_ptr, stride_gt, from_row, c, mask_c, times_ptr, row, mask_r, num_components,
@@ -309,9 +300,9 @@ def _propagate_exact_bwd_kernel(
                 k = degree - j
                 p = tl.load(derivatives_ptr + (k - 1) * TILE)
                 grad_weight += tl.dot(tl.trans(p), pulled, input_precision=PRECISION, out_dtype=ACC)
-                if HAS_BIAS:
+                if HAS_SLOPE:
                     share = _slope_share(k, step, 1).to(ACC)
-                    grad_bias += share * tl.sum(pulled, axis=0)
+                    grad_slope += share * tl.sum(pulled, axis=0)
                 pulled = tl.dot(pulled, adjoint, input_precision=PRECISION, out_dtype=ACC)
                 factor = factor * k
                 pulled += tl.load(pulled_ptr + (k - 1) * TILE) + factor * lam
@@ -323,7 +314,7 @@ def _propagate_exact_bwd_kernel(
     mask_w = mask_c[:, None] & mask_c[None, :]
     grad_weight = grad_weight * size
     tl.store(to, grad_weight, mask=mask_w)
-    if HAS_BIAS:
-        to = grad_bias_ptr + slot * num_channels + c
-        grad_bias = grad_bias * size * size
-        tl.store(to, grad_bias, mask=mask_c)
+    if HAS_SLOPE:
+        to = grad_slope_ptr + slot * num_channels + c
+        grad_slope = grad_slope * size * size
+        tl.store(to, grad_slope, mask=mask_c)

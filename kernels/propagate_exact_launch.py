@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 from torch import Tensor
 
 from gfnode_fast.kernels.launch import (
-    acc_type,
     ceil_div,
-    dot_block,
-    dot_precision,
     next_power_of_2,
     on_device_of,
     unit_stride,
@@ -20,12 +17,11 @@ from gfnode_fast.kernels.propagate_exact import (
     _propagate_exact_bwd_kernel,
     _propagate_exact_fwd_kernel,
 )
-from gfnode_fast.kernels.registry import AotCase, of_ones
+from gfnode_fast.kernels.registry import AotCase
+from gfnode_fast.kernels.solve_launch import BLOCK_R, NUM_WARPS, solve_case, solve_cases, tile
 
-BLOCK_R = 16
 MAX_BLOCK_T = 8  # times of a forward tile, all held in registers
 BWD_BLOCK_T = 4  # times whose gradients are read at once; 8 would spill
-NUM_WARPS = 8
 MAX_PROGRAMS = 512  # of backward, each with its own share of grad W
 MAX_STEPS = 100_000  # a time that needs more is refused, so that no launch runs on and on
 MAX_STARTS = 16  # states at starts of steps that backward keeps, per program
@@ -50,9 +46,8 @@ def launch_propagate_exact_fwd(
         _propagate_exact_fwd_kernel[(ceil_div(rows, BLOCK_R), modes, len(status))](
             y0, weight, None if slope is None else slope.contiguous(), times, plan, values, status,
             *y0.stride()[:3], *weight.stride(), rows, modes, components, channels, num_times,
-            HAS_BIAS=slope is not None, BLOCK_R=BLOCK_R, BLOCK_T=block_t,
-            BLOCK_C=dot_block(channels), PRECISION=dot_precision(y0.dtype), ACC=acc_type(y0.dtype),
-            MAX_STEPS=MAX_STEPS, num_warps=NUM_WARPS,
+            **tile(channels, y0.dtype, slope is not None), BLOCK_T=block_t, MAX_STEPS=MAX_STEPS,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
     return values, status
 
@@ -82,18 +77,16 @@ def launch_propagate_exact_bwd(
     slope_shares = y0.new_empty((programs, modes, channels) if slope is not None else (0, 0))
     if grad.numel() == 0:
         return grad_y0.zero_(), weight.new_zeros(weight.shape), slope_shares.sum(0).zero_()
-    block_c = dot_block(channels)
+    options = tile(channels, y0.dtype, slope is not None)
     tiles = 2 * max_degree + 1 + MAX_STARTS
-    workspace = y0.new_empty(programs, modes, tiles, BLOCK_R, block_c)
+    workspace = y0.new_empty(programs, modes, tiles, BLOCK_R, options["BLOCK_C"])
     with on_device_of(y0):
         _propagate_exact_bwd_kernel[(programs, modes)](
             grad, y0, weight, None if slope is None else slope.contiguous(), times, plan,
             grad_y0, shares, slope_shares, workspace,
             *grad.stride()[:4], *y0.stride()[:3], *weight.stride(),
             rows, modes, components, channels, num_times, max_degree, MAX_STARTS,
-            HAS_BIAS=slope is not None, BLOCK_R=BLOCK_R, BLOCK_T=BWD_BLOCK_T, BLOCK_C=block_c,
-            PRECISION=dot_precision(y0.dtype), ACC=acc_type(y0.dtype), MAX_STEPS=MAX_STEPS,
-            num_warps=NUM_WARPS,
+            **options, BLOCK_T=BWD_BLOCK_T, MAX_STEPS=MAX_STEPS, num_warps=NUM_WARPS,
         )  # fmt: skip
     return grad_y0, shares.sum(0), slope_shares.sum(0)
 
@@ -103,69 +96,30 @@ def _block_t(num_times: int) -> int:
 
 
 def aot_cases() -> list[AotCase]:
-    """Feature width 64, with and without a forcing; coordinates (C = 2); fp64."""
-    cases = [
-        case
-        for channels, dtype, has_bias in (
-            (64, "fp32", False),
-            (64, "fp32", True),
-            (2, "fp32", False),
-            (64, "fp64", True),
-        )
-        for case in _aot_cases(channels, dtype, has_bias)
-    ]
+    """As `solve_cases`."""
     sizes = ("num_rows", "num_modes", "num_components", "num_times")
-    narrow = [case for case in cases if "C=2" in case.name]
-    return [*cases, *of_ones(narrow, *sizes)]
+    return solve_cases(_aot_cases, False, *sizes)
 
 
-def _aot_cases(channels: int, dtype: str, has_bias: bool) -> list[AotCase]:
-    torch_dtype = torch.float64 if dtype == "fp64" else torch.float32
-
-    def case(kernel: Any, direction: str, tensors: str, integers: str, **more: Any) -> AotCase:
-        pointers = {f"{t}_ptr": f"*{dtype}" for t in tensors.split()} | {"plan_ptr": "*i32"}
-        if direction == "fwd":
-            pointers["status_ptr"] = "*i32"
-        reason = None
-        if dtype == "fp64":
-            reason = "for checking only: no fp64 tensor products on sm_100"
-        elif direction == "bwd" and channels == 64:
-            reason = (
-                "up to 24 bytes of addresses a thread on sm_80; reading one time at once would "
-                "avoid it and write partial sums four times as often"
-            )
-        absent = {} if has_bias else {"bias_ptr": None}
-        return AotCase(
-            kernel=kernel,
-            name=f"propagate_exact_{direction} {dtype} C={channels}"
-            + (" affine" if has_bias else ""),
-            signature={
-                **{name: kind for name, kind in pointers.items() if name not in absent},
-                **dict.fromkeys(integers.split(), "i32"),
-            },
-            constexprs={
-                **absent, **more, "stride_wo": 1, "HAS_BIAS": has_bias, "BLOCK_R": BLOCK_R,
-                "BLOCK_C": dot_block(channels), "PRECISION": dot_precision(torch_dtype),
-                "ACC": acc_type(torch_dtype), "MAX_STEPS": MAX_STEPS,
-            },
-            num_warps=NUM_WARPS,
-            divisible_by_16=tuple(i for i in integers.split() if i[:6] == "stride")
-            if channels % 16 == 0
-            else (),
-            allowed_spills_reason=reason,
-        )  # fmt: skip
-
+def _aot_cases(channels: int, dtype: str, has_slope: bool) -> list[AotCase]:
+    case = functools.partial(
+        solve_case, channels=channels, dtype=dtype, has_slope=has_slope,
+        types={"plan": "*i32", "status": "*i32"}, absent=None if has_slope else "slope",
+        stride_wo=1, MAX_STEPS=MAX_STEPS,
+    )  # fmt: skip
     strides = "stride_yb stride_ym stride_yd stride_wm stride_wi"
     sizes = "num_rows num_modes num_components num_channels num_times"
     return [
         case(
-            _propagate_exact_fwd_kernel, "fwd", "y0 weight bias times out", f"{strides} {sizes}",
-            BLOCK_T=MAX_BLOCK_T,
+            _propagate_exact_fwd_kernel, "propagate_exact_fwd",
+            "y0 weight slope times plan out status", f"{strides} {sizes}", BLOCK_T=MAX_BLOCK_T,
         ),
         case(
-            _propagate_exact_bwd_kernel, "bwd",
-            "grad y0 weight bias times grad_y0 grad_weight grad_bias workspace",
+            _propagate_exact_bwd_kernel, "propagate_exact_bwd",
+            "grad y0 weight slope times plan grad_y0 grad_weight grad_slope workspace",
             f"stride_gt stride_gb stride_gm stride_gd {strides} {sizes} max_degree max_starts",
             BLOCK_T=BWD_BLOCK_T,
+            spills="up to 24 bytes of addresses a thread on sm_80; reading one time at once would "
+            "avoid it and write partial sums four times as often",
         ),
     ]  # fmt: skip

@@ -26,15 +26,7 @@ from gfnode_fast.kernels.joint_control import (
     _tolerance,
 )
 from gfnode_fast.kernels.joint_values import _of_end, _of_error
-from gfnode_fast.kernels.linear_dynamics import _load_square, _next_power
-
-
-@triton.jit
-def _load_slope(slope_ptr, mode, c, num_channels, HAS_SLOPE: tl.constexpr, ACC: tl.constexpr):
-    if HAS_SLOPE:
-        return tl.load(slope_ptr + mode * num_channels + c, mask=c < num_channels, other=0.0)
-    else:
-        return tl.zeros_like(c).to(ACC)
+from gfnode_fast.kernels.linear_dynamics import _load_slope, _load_square, _next_power
 
 
 @triton.jit

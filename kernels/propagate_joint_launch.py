@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gfnode_fast.kernels.joint_control import RECORD, _joint_decide_kernel
 from gfnode_fast.kernels.launch import (
-    acc_type,
     ceil_div,
-    dot_block,
-    dot_precision,
     next_power_of_2,
     on_device_of,
     unit_stride,
@@ -22,12 +20,11 @@ from gfnode_fast.kernels.propagate_joint_read import (
     _joint_read_bwd_kernel,
     _joint_read_fwd_kernel,
 )
-from gfnode_fast.kernels.registry import AotCase, of_ones
+from gfnode_fast.kernels.registry import AotCase
+from gfnode_fast.kernels.solve_launch import BLOCK_R, NUM_WARPS, solve_case, solve_cases, tile
 
-BLOCK_R = 16
 MAX_BLOCK_T = 8  # times of a forward tile, all held in registers
 BWD_BLOCK_T = 2  # times whose gradients are read at once; 4 would spill
-NUM_WARPS = 8
 MAX_PROGRAMS = 512  # of backward, each with its own share of grad W
 
 
@@ -79,10 +76,7 @@ def launch_joint_steps(
     solved = JointSteps(record[-1], steps, starts, bad)
     if y0.numel() == 0:
         return solved
-    common: dict[str, Any] = {
-        "HAS_SLOPE": slope is not None, "BLOCK_R": BLOCK_R, "BLOCK_C": dot_block(channels),
-        "PRECISION": dot_precision(y0.dtype), "ACC": acc_type(y0.dtype), "num_warps": NUM_WARPS,
-    }  # fmt: skip
+    common = tile(channels, y0.dtype, slope is not None) | {"num_warps": NUM_WARPS}
     entries = rows * modes * channels
     with on_device_of(y0):
         _joint_init_kernel[(tiles, modes)](
@@ -120,9 +114,8 @@ def launch_joint_read_fwd(
         _joint_read_fwd_kernel[(ceil_div(rows, BLOCK_R), modes, ceil_div(num_times, block_t))](
             solved.starts, weight, slope, table, times.contiguous(), solved.record, solved.steps,
             values, len(table) - 1, *weight.stride(), rows, modes, components, channels, num_times,
-            HAS_SLOPE=slope is not None, BLOCK_R=BLOCK_R, BLOCK_T=block_t,
-            BLOCK_C=dot_block(channels), PRECISION=dot_precision(values.dtype),
-            ACC=acc_type(values.dtype), num_warps=NUM_WARPS,
+            **tile(channels, values.dtype, slope is not None), BLOCK_T=block_t,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
     return values
 
@@ -149,24 +142,25 @@ def launch_joint_read_bwd(
     if grad.numel() == 0:
         no_slope = slope_shares.sum(0)
         return grad_y0.zero_(), torch.zeros_like(weight), no_slope, size_shares.new_zeros(())
-    block_c = dot_block(channels)
-    workspace = grad.new_empty(programs, modes, 2 * len(table), BLOCK_R, block_c)
+    options = tile(channels, grad.dtype, slope is not None)
+    workspace = grad.new_empty(programs, modes, 2 * len(table), BLOCK_R, options["BLOCK_C"])
     with on_device_of(grad):
         _joint_read_bwd_kernel[(programs, modes)](
             grad, solved.starts, weight, slope, table, times.contiguous(), solved.record,
             solved.steps, grad_y0, shares, slope_shares, size_shares, workspace, len(table) - 1,
             *grad.stride()[:4], *weight.stride(), rows, modes, components, channels, num_times,
-            HAS_SLOPE=slope is not None, BLOCK_R=BLOCK_R, BLOCK_T=BWD_BLOCK_T, BLOCK_C=block_c,
-            PRECISION=dot_precision(grad.dtype), ACC=acc_type(grad.dtype), num_warps=NUM_WARPS,
+            **options, BLOCK_T=BWD_BLOCK_T, num_warps=NUM_WARPS,
         )  # fmt: skip
     return grad_y0, shares.sum(0), slope_shares.sum(0), size_shares.sum()
 
 
 CONTROL = "attempt num_partials num_entries order"
+FP64 = "table stages settings times last record steps partial grad_size"
+TYPES = dict.fromkeys(FP64.split(), "*fp64") | {"bad": "*i32"}  # of pointers, in any precision
 
 
 def aot_cases() -> list[AotCase]:
-    """Feature width 64, with and without a slope; coordinates (C = 2); fp64."""
+    """As `solve_cases`, with the decision on the last attempt."""
     decide = AotCase(
         kernel=_joint_decide_kernel,
         name="joint_decide",
@@ -174,77 +168,37 @@ def aot_cases() -> list[AotCase]:
         | dict.fromkeys(CONTROL.split(), "i32"),
         num_warps=NUM_WARPS,
     )
-    cases = [
-        case
-        for channels, dtype, has_slope in (
-            (64, "fp32", False),
-            (64, "fp32", True),
-            (2, "fp32", False),
-            (64, "fp64", True),
-        )
-        for case in _aot_cases(channels, dtype, has_slope)
-    ]
     sizes = ("num_rows", "num_modes", "num_components", "num_times", "num_partials", "num_entries")
-    narrow = [case for case in cases if "C=2" in case.name]
-    return [decide, *cases, *of_ones(narrow, *sizes)]
+    return [decide, *solve_cases(_aot_cases, False, *sizes)]
 
 
 def _aot_cases(channels: int, dtype: str, has_slope: bool) -> list[AotCase]:
-    torch_dtype = torch.float64 if dtype == "fp64" else torch.float32
-    types = dict.fromkeys(
-        ["table", "settings", "last", "record", "steps", "partial", "times", "grad_size"], "*fp64"
-    ) | {"bad": "*i32"}
-    tile = {
-        "HAS_SLOPE": has_slope, "BLOCK_R": BLOCK_R, "BLOCK_C": dot_block(channels),
-        "PRECISION": dot_precision(torch_dtype), "ACC": acc_type(torch_dtype), "stride_wo": 1,
-    }  # fmt: skip
-    if not has_slope:
-        tile["slope_ptr"] = None
-
-    def case(kernel: Any, name: str, tensors: str, integers: str, **more: object) -> AotCase:
-        reason = None
-        if dtype == "fp64":
-            reason = "for checking only: no fp64 tensor products on sm_100"
-        elif name == "read_bwd" and channels == 64:
-            reason = "up to 24 bytes of addresses a thread on sm_80"
-        return AotCase(
-            kernel=kernel,
-            name=f"joint_{name} {dtype} C={channels}" + (" affine" if has_slope else ""),
-            signature={
-                f"{t}_ptr": types.get(t, f"*{dtype}")
-                for t in tensors.split()
-                if t != "slope" or has_slope
-            }
-            | dict.fromkeys(integers.split(), "i32"),
-            constexprs=tile | more,
-            num_warps=NUM_WARPS,
-            divisible_by_16=tuple(i for i in integers.split() if i[:6] == "stride")
-            if channels % 16 == 0
-            else (),
-            allowed_spills_reason=reason,
-        )
-
+    case = functools.partial(
+        solve_case, channels=channels, dtype=dtype, has_slope=has_slope, types=TYPES, stride_wo=1,
+        absent=None if has_slope else "slope",
+    )  # fmt: skip
     weight = "stride_wm stride_wi"
     sizes = "num_rows num_modes num_components num_channels"
     return [
         case(
-            _joint_init_kernel, "init", "y0 weight slope settings starts partial bad",
+            _joint_init_kernel, "joint_init", "y0 weight slope settings starts partial bad",
             f"stride_yb stride_ym stride_yd {weight} {sizes}",
         ),
         case(
-            _joint_attempt_kernel, "attempt",
+            _joint_attempt_kernel, "joint_attempt",
             "weight slope table settings last record steps starts partial bad",
             f"{CONTROL} degree {weight} num_rows num_modes num_channels",
         ),
         case(
-            _joint_read_fwd_kernel, "read_fwd", "starts weight slope table times record steps out",
+            _joint_read_fwd_kernel, "joint_read_fwd",
+            "starts weight slope table times record steps out",
             f"degree {weight} {sizes} num_times", BLOCK_T=MAX_BLOCK_T,
         ),
         case(
-            _joint_read_bwd_kernel, "read_bwd",
+            _joint_read_bwd_kernel, "joint_read_bwd",
             "grad starts weight slope table times record steps grad_y0 grad_weight grad_slope "
             "grad_size workspace",
             f"degree stride_gt stride_gb stride_gm stride_gd {weight} {sizes} num_times",
-            BLOCK_T=BWD_BLOCK_T,
+            BLOCK_T=BWD_BLOCK_T, spills="up to 24 bytes of addresses a thread on sm_80",
         ),
     ]  # fmt: skip

@@ -20,8 +20,13 @@ import triton.language as tl
 
 from gfnode_fast.kernels.integers import as_int64
 from gfnode_fast.kernels.joint_values import _abscissae, _of_end, _share, _share_slope
-from gfnode_fast.kernels.linear_dynamics import _load_square, _next_power, _slope_share
-from gfnode_fast.kernels.propagate_joint import _load_slope
+from gfnode_fast.kernels.linear_dynamics import (
+    _load_slope,
+    _load_square,
+    _next_power,
+    _slope_share,
+    _value_offsets,
+)
 
 
 @triton.jit
@@ -80,11 +85,10 @@ def _joint_read_fwd_kernel(
             v = v * size.to(ACC)
             acc += _share(table_ptr, k, x, inside).to(ACC)[:, :, None] * v[None, :, :]
     acc = tl.where(reached[:, :, None], acc, float("nan"))
+    to = _value_offsets(
+        first_time, row, mode, num_rows, num_modes, num_components, num_channels, BLOCK_T
+    )
     t = first_time + tl.arange(0, BLOCK_T)
-    molecule = row // num_components
-    batch = as_int64(num_rows) // num_components
-    to = (t[:, None] * batch + molecule[None, :]) * num_modes + mode
-    to = (to * num_components + (row % num_components)[None, :]) * num_channels
     mask = ((t < num_times)[:, None] & mask_r[None, :])[:, :, None] & mask_c[None, None, :]
     tl.store(out_ptr + to[:, :, None] + c[None, None, :], acc, mask=mask)
 

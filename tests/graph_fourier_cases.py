@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.ops.graph_fourier import inverse_graph_fourier
-from op_checks import DEVICE
+from op_checks import DEVICE, randn
 
 # Relative to the largest value; measured: fp64 4e-16, fp32 3e-7, fp16 6e-4, bf16 5e-3.
 TOLERANCE = {
@@ -20,11 +20,6 @@ TOLERANCE = {
 
 
 SIZES = (5, 1, 3)  # molecules of different size, one of one atom, which has fewer than M = 2 modes
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def offsets(sizes: tuple[int, ...]) -> Tensor:

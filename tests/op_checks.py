@@ -25,6 +25,11 @@ OPCHECKS = (
 )
 
 
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Largest error over the largest expected magnitude, in float64; NaN counts as infinite."""
     assert got.shape == expected.shape, (got.shape, expected.shape)

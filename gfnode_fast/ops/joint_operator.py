@@ -59,6 +59,11 @@ def choose_solve(
             f"{op}: `solver` must be one of {', '.join(FSAL)} with backend='triton', got "
             f"{solver!r}; use backend='torch'"
         )
+    if backend == "triton" and most_modes is not None and y0.shape[1] > most_modes:
+        raise ValueError(
+            f"{op}: `y0` must have at most {most_modes} modes with backend='triton', got "
+            f"{y0.shape[1]}; use backend='torch'"
+        )
     check_max_attempts(op, max_attempts)
     return backend
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -24,44 +22,18 @@ from gfnode_fast.solvers.tableau import ADAPTIVE
 from op_checks import (
     DEVICE,
     OF_KERNELS,
-    compiled_equals_eager,
     gradients,
     opcheck,
     relative_error,
-    strided,
 )
+from solve_cases import JOINT, check_gradients
 
 pytestmark = OF_KERNELS
 
 # Relative to the largest value or gradient; measured: fp64 3e-15, fp32 5e-7 (a norm's rounding in
 # fp32 moves the first step, and with it the dense output within the solver's own error).
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
-BATCH, MODES, COMPONENTS, CHANNELS, TIMES = 7, 2, 3, 3, 3  # 21 rows: two programs, one partial
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def problem(
-    size: float = 0.5,
-    dtype: torch.dtype = torch.float64,
-    *,
-    batch: int = BATCH,
-    modes: int = MODES,
-    components: int = COMPONENTS,
-    channels: int = CHANNELS,
-    times: int = TIMES,
-    affine: bool = False,
-) -> tuple[list[Tensor], Tensor]:
-    """(y0, W) or (y0, W, b), times."""
-    weight = randn(modes, channels, channels, dtype=dtype, seed=1) * size
-    y0 = randn(batch, modes, components, channels, dtype=dtype)
-    generator = torch.Generator().manual_seed(3)
-    own = torch.rand(batch, times, generator=generator, dtype=torch.float64) * 0.98 + 0.02
-    slope = [randn(modes, channels, dtype=dtype, seed=2) * (size * 20)] if affine else []
-    return [y0, weight, *slope], own.sort(dim=1)[0].to(DEVICE)
+problem, solve = JOINT.make, JOINT.solve
 
 
 def late_growth(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Tensor]:
@@ -72,16 +44,6 @@ def late_growth(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Tenso
     weight[:, 0, 1] = weight[:, 1, 2] = 1
     weight[:, 2, 0] = 1e6
     return [y0, weight], times * 0.04
-
-
-def solve(times: Tensor, backend: str, **options: Any) -> Any:
-    def call(y0: Tensor, weight: Tensor, slope: Tensor | None = None) -> Tensor:
-        values, status = propagate_joint(y0, weight, times, slope=slope, backend=backend, **options)
-        if not torch.compiler.is_compiling():
-            check_joint_status(status)  # on a GPU nobody else does
-        return values
-
-    return call
 
 
 @pytest.mark.parametrize(
@@ -114,13 +76,7 @@ def test_values_and_gradients_are_the_published_ones(
     assert got.dtype == dtype
     assert status[3] == DONE
     assert relative_error(got, published(*wide)) <= tolerance
-    pairs = zip(
-        gradients(solve(times, "triton", **options), inputs),
-        gradients(published, wide),
-        strict=True,
-    )
-    for mine, exact in pairs:
-        assert relative_error(mine, exact) <= tolerance
+    check_gradients(solve(times, "triton", **options), published, inputs, tolerance, wide=True)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -132,9 +88,8 @@ def test_affine_dynamics(dtype: torch.dtype) -> None:
     published = solve(times, "torch")
     assert status[2] > 2
     assert relative_error(got, published(*wide)) <= TOLERANCE[dtype]
-    triton = gradients(solve(times, "triton", **options), inputs)
-    for mine, exact in zip(triton, gradients(published, wide), strict=True):
-        assert relative_error(mine, exact) <= TOLERANCE[dtype]
+    triton = solve(times, "triton", **options)
+    check_gradients(triton, published, inputs, TOLERANCE[dtype], wide=True)
 
 
 def test_the_steps_are_the_published_ones() -> None:
@@ -194,29 +149,10 @@ def test_the_table_reproduces_a_step(solver: str) -> None:
 
 def test_components_times_and_rows_beyond_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, times = problem(times=9)
-    expected = gradients(solve(times, "torch"), inputs)
     monkeypatch.setattr(launch, "MAX_PROGRAMS", 1)
-    triton = solve(times, "triton", max_attempts=4)
-    assert relative_error(triton(*inputs), solve(times, "torch")(*inputs)) <= 1e-12
-    for got, exact in zip(gradients(triton, inputs), expected, strict=True):
-        assert relative_error(got, exact) <= TOLERANCE[torch.float64]
-
-
-@pytest.mark.parametrize("affine", [False, True])
-def test_gradcheck(affine: bool) -> None:
-    inputs, times = problem(batch=2, components=1, channels=2, times=2, affine=affine)
-    leaves = [x.requires_grad_() for x in inputs]
-    call = solve(times, "triton", max_attempts=4)
-    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
-
-
-def test_second_derivatives_are_refused() -> None:
-    inputs, times = problem(batch=1, components=1, times=1)
-    y0, weight = (x.requires_grad_() for x in inputs)
-    out = solve(times, "triton", max_attempts=4)(y0, weight)
-    (grad,) = torch.autograd.grad(out.sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd|does not require grad"):
-        grad.pow(2).sum().backward()
+    triton, published = solve(times, "triton", max_attempts=3), solve(times, "torch")
+    assert relative_error(triton(*inputs), published(*inputs)) <= 1e-12
+    check_gradients(triton, published, inputs, TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -228,25 +164,6 @@ def test_opcheck(affine: bool) -> None:
     opcheck(operator, y0, weight, slope[0] if affine else None, times, "dopri5", 1e-3, 1e-4, 2)
 
 
-def test_compiled() -> None:
-    inputs, times = problem(dtype=torch.float32, batch=2, components=1)
-    call = solve(times, "triton", max_attempts=4)
-    compiled_equals_eager(call, inputs, 1e-6)
-
-
-def test_strides() -> None:
-    inputs, times = problem(dtype=torch.float32, batch=2, times=2)
-
-    def permuted(*values: Tensor) -> Tensor:
-        out = solve(strided(times), "triton", max_attempts=4)(*values)
-        return torch.cat((out.permute(1, 3, 4, 2, 0).flatten(), out.flatten()))[1:]
-
-    views = [strided(x) for x in inputs]
-    assert torch.equal(permuted(*views), permuted(*inputs))
-    for got, expected in zip(gradients(permuted, views), gradients(permuted, inputs), strict=True):
-        assert relative_error(got, expected) <= 1e-6
-
-
 @pytest.mark.parametrize(
     ("batch", "modes", "components", "channels", "times"),
     [(0, 2, 1, 2, 2), (2, 2, 1, 2, 0), (1, 1, 1, 1, 1), (1, 1, 2, 33, 1)],
@@ -256,9 +173,7 @@ def test_sizes(batch: int, modes: int, components: int, channels: int, times: in
     inputs, own = problem(0.2, times=times, **sizes)
     triton, published = solve(own, "triton", max_attempts=4), solve(own, "torch")
     assert relative_error(triton(*inputs), published(*inputs)) <= TOLERANCE[torch.float64]
-    pairs = zip(gradients(triton, inputs), gradients(published, inputs), strict=True)
-    for mine, exact in pairs:
-        assert relative_error(mine, exact) <= TOLERANCE[torch.float64]
+    check_gradients(triton, published, inputs, TOLERANCE[torch.float64])
 
 
 def test_zero_state_and_zero_weight() -> None:
@@ -269,14 +184,6 @@ def test_zero_state_and_zero_weight() -> None:
         assert torch.equal(triton(*scaled), published(*scaled))
         for grad in gradients(triton, scaled):
             assert torch.isfinite(grad).all()
-
-
-def test_deterministic() -> None:
-    inputs, times = problem(dtype=torch.float32, components=1, batch=17, times=1)
-    call = solve(times, "triton", max_attempts=3)
-    assert torch.equal(call(*inputs), call(*inputs))
-    for once, again in zip(gradients(call, inputs), gradients(call, inputs), strict=True):
-        assert torch.equal(once, again)
 
 
 def test_states_that_are_not_finite_are_reported() -> None:
@@ -319,35 +226,3 @@ def test_status_is_read_later_on_a_gpu() -> None:
 )
 def test_attempts_of_the_next_solve(record: list[float], attempts: int) -> None:
     assert attempts_to_launch(record) == attempts
-
-
-def arguments(**changes: Any) -> dict[str, Any]:
-    (y0, weight), times = problem(dtype=torch.float32, batch=2)
-    return {"y0": y0, "weight": weight, "times": times, "backend": "triton"} | changes
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"y0": torch.zeros(2, 2, 3)}, ValueError, "`y0` must be (B, M, D, C), got (2, 2, 3)"),
-        ({"weight": torch.zeros(2, 3, 4)}, ValueError, "`weight` must be (2, 3, 3) for y0"),
-        ({"times": torch.ones(3, 2)}, ValueError, "`times` must be (2, T), got (3, 2)"),
-        ({"solver": "rk4"}, ValueError, "`solver` must be one of dopri5, bosh3"),
-        ({"solver": "fehlberg2"}, ValueError, "must be one of dopri5, bosh3, dopri8 with backend="),
-        ({"max_attempts": 0}, ValueError, "`max_attempts` must be at least 1, got 0"),
-        ({"max_attempts": 9.0}, TypeError, "`max_attempts` must be an int, got float"),
-        ({"backend": "cuda"}, ValueError, "`backend` must be one of auto, torch, triton"),
-    ],
-)
-def test_what_is_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error) as caught:
-        propagate_joint(**arguments(**changes))
-    assert str(caught.value).startswith("propagate_joint: ")
-    assert message in str(caught.value)
-
-
-def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="on cpu, where Triton has only its interpreter"):
-        given = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in arguments().items()}
-        propagate_joint(**given)
