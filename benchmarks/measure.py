@@ -154,7 +154,7 @@ def measure(
     ratios = {
         f"{name} / {baseline}": ratio(timings[baseline], timing)
         for name, timing in timings.items()
-        for baseline in (*BASELINES, first, EAGER_LOOP)
+        for baseline in dict.fromkeys((*BASELINES, first, EAGER_LOOP, "ours"))
         if baseline in timings and baseline != name
     }
     found = {"row": row.as_dict(), "contenders": results, "ratios": ratios}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import inputs
-from benchmarks.registry import Row
+from benchmarks.registry import CACHED, TWO_THREADS, Row
 from benchmarks.task import Task, Unavailable, function_task
 from gfnode_fast.data import Batch
 from gfnode_fast.ops.eigh import eigh_batched
 from gfnode_fast.spectra import Graphs, SpectralCache, graph_laplacian, graph_spectrum
+
+NUMBERINGS = 8  # of the molecule of a "spectrum" row
 
 
 def initial_modes(row: Row, batch: Batch, width: int) -> Tensor:
@@ -133,24 +137,55 @@ def eigh_task(contender: str, row: Row, device: torch.device) -> Task:
         run = lambda: torch.linalg.eigh(matrices)  # noqa: E731
     elif contender == "numpy loop":
         run = numpy_loop
+    elif contender == TWO_THREADS:
+        run = _on_two_threads(matrices)
     else:
         run = lambda: eigh_batched(matrices)  # noqa: E731
 
     return Task(run, lambda: _spectral_values(*run()))
 
 
+def _on_two_threads(matrices: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Ours on two threads, in the same process as on as many as the other contenders have."""
+    if len(os.sched_getaffinity(0)) < 2:
+        raise Unavailable("the process is pinned to one core")
+
+    def run() -> tuple[Tensor, Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            return eigh_batched(matrices)
+        finally:
+            torch.set_num_threads(before)
+
+    return run
+
+
 def spectrum_task(contender: str, row: Row, device: torch.device) -> Task:
-    """Spectra of a batch of one molecule's graph: the eigenproblem alone, ours, and found again."""
-    graph = inputs.molecular_graph(row.molecule)
-    graphs = Graphs.repeat(graph.row.to(device), graph.col.to(device), graph.num_atoms, row.batch)
+    """Spectra of a batch of graphs: the eigenproblem alone, ours, and ours where all are known.
+
+    The graphs are the row's molecule in NUMBERINGS different orders of its atoms.
+    """
+    graph, dtype = inputs.molecular_graph(row.molecule), inputs.dtype_of(row.precision)
+    n, generator = graph.num_atoms, torch.Generator().manual_seed(inputs.SEED)
+    orders = torch.stack([torch.randperm(n, generator=generator) for _ in range(NUMBERINGS)])
+    shift = torch.arange(NUMBERINGS)[:, None] * n
+    row_of, col_of = ((orders[:, end] + shift).flatten() for end in (graph.row, graph.col))
+    ptr = torch.arange(NUMBERINGS + 1) * n
+    known = Graphs(*(ends.to(device) for ends in (row_of, col_of, ptr)))
+    which = torch.randint(NUMBERINGS, (row.batch,), generator=generator).to(device)
+    batch = known.select(which)
     cache = SpectralCache()
     if contender == "torch":
-        matrices = graph_laplacian(graphs, dtype=inputs.dtype_of(row.precision))
+        matrices = graph_laplacian(batch, dtype=dtype)
         run = lambda: torch.linalg.eigh(matrices)  # noqa: E731
     elif contender == "ours":
-        run = lambda: graph_spectrum(graphs, dtype=inputs.dtype_of(row.precision))  # noqa: E731
+        run = lambda: graph_spectrum(batch, dtype=dtype)  # noqa: E731
+    elif contender == CACHED[0]:
+        run = lambda: cache.spectrum(known, which=which, dtype=dtype)  # noqa: E731
     else:
-        run = lambda: cache.spectrum(graphs, dtype=inputs.dtype_of(row.precision))  # noqa: E731
+        edges = (batch.row, batch.col, batch.ptr)
+        run = lambda: cache.spectrum(Graphs(*edges), dtype=dtype)  # noqa: E731
     return Task(run, lambda: _spectral_values(*run()))
 
 

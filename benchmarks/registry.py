@@ -29,7 +29,7 @@ OPERATIONS = (
     "graph_fourier",
     "inverse_graph_fourier",
     "eigh",
-    "spectrum",  # of B copies of one molecule's graph, in the canonical basis
+    "spectrum",  # of B graphs, molecules of a few numberings, in the canonical basis
     "graph_layer",
 )
 PEPTIDE = "peptide "
@@ -116,9 +116,9 @@ def contenders(row: Row, device: str = "cpu") -> tuple[str, ...]:
 
 def _everywhere(row: Row) -> tuple[str, ...]:
     if row.op == "eigh":
-        return ("torch", "numpy loop", "ours")
+        return ("torch", "numpy loop", "ours", *((TWO_THREADS,) if row in TWO_THREAD_ROWS else ()))
     if row.op == "spectrum":
-        return ("torch", "ours", "ours cached")
+        return ("torch", "ours", *CACHED)
     if row.op in ("graph_fourier", "inverse_graph_fourier"):
         return ("U1", "sliced", "ours")
     if row.op == "graph_layer":
@@ -140,6 +140,11 @@ def _everywhere(row: Row) -> tuple[str, ...]:
         return (*BASELINES, *peers, *ours, *loops)
     return (*BASELINES, *ours)
 
+
+CACHED = ("ours cached, known graphs", "ours cached, edge lists")
+"""How a batch is made whose spectra are all in the cache: anew from known graphs, or from edges."""
+TWO_THREADS = "ours two threads"
+TWO_THREAD_ROWS = [Row("eigh", "forward", 4096, molecule=f"random {n}") for n in (6, 13, 32, 64)]
 
 # Whether a training step gains from torch.compile(model) on the CPU, at sizes that no GPU row has.
 WHOLE_COMPILED = "ours in torch.compile"
@@ -185,10 +190,12 @@ def cpu_op_rows() -> list[Row]:
               for model in MODELS]  # fmt: skip
     transforms = [Row(op, "backward", 50, m) for op in ("graph_fourier", "inverse_graph_fourier")
                   for m in (2, 13)]  # fmt: skip
-    spectra = [Row("eigh", "forward", 512, molecule=f"random {n}") for n in (13, 33)]
-    spectra += [Row("eigh", "forward", 4096, molecule=f"random {n}")
-                for n in (6, 13, 21, 32, 48, 64)]  # fmt: skip
-    spectra += [replace(row, precision="fp64") for row in spectra if row.batch == 4096]
+    eigh = [("random 13", 512), ("random 33", 512)]
+    eigh += [(f"random {n}", 4096) for n in (2, 3, 4, 5, 6, 13, 21, 32, 48, 64)]
+    # 42: the work of 4096 matrices of 13 rows; 1: as a single molecule is solved
+    eigh += [(f"random {n}", batch) for n in (96, 128) for batch in (512, 42, 1)]
+    spectra = [Row("eigh", "forward", batch, molecule=name) for name, batch in eigh]
+    spectra += [replace(row, precision="fp64") for row in spectra[2:]]
     spectra.append(Row("spectrum", "forward", 4096))
     return [Row("solve", "backward", 50), *transforms, *pieces, *spectra]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gfnode_fast.data.elements import covalent_radii
 from gfnode_fast.data.trajectory import Array
-from gfnode_fast.spectra import Graphs, graph_spectrum
+from gfnode_fast.spectra import Graphs, shared_cache
 
 Bonds = Literal["covalent", "published"]
 
@@ -102,7 +102,8 @@ def build_graph(
     -----
     Distances and eigenvectors are computed in float64. Signs, and bases of repeated eigenvalues,
     are those of `gfnode_fast.spectra.canonical_basis`: the same on every machine. Memory is
-    quadratic in N, time cubic, once per molecule.
+    quadratic in N, time cubic, once per topology in a process
+    (`gfnode_fast.spectra.shared_cache`).
 
     Source: GF-NODE (arXiv 2411.01600), data preparation.
     """
@@ -126,7 +127,7 @@ def build_graph(
     laplacian = np.diag(degree) - adjacency
     edges = torch.from_numpy(np.stack([row, col]).astype(np.int64))
     one_graph = Graphs(edges[0], edges[1], torch.tensor([0, num_atoms]))
-    eigenvalues, eigvecs = graph_spectrum(one_graph, dtype=torch.float64)
+    eigenvalues, eigvecs = shared_cache().spectrum(one_graph, dtype=torch.float64)
     return MolecularGraph(
         numbers=torch.from_numpy(numbers),
         row=edges[0],
@@ -136,8 +137,8 @@ def build_graph(
         degree=torch.from_numpy(degree),
         adjacency=torch.from_numpy(adjacency),
         laplacian=torch.from_numpy(laplacian),
-        eigenvalues=eigenvalues[0],
-        eigvecs=eigvecs[0],
+        eigenvalues=eigenvalues[0].clone(),  # the cache's own stay as they are
+        eigvecs=eigvecs[0].clone(),
     )
 
 

@@ -1,6 +1,6 @@
 """Graph spectra: Laplacians, eigenvectors that are the same everywhere, and a cache of them."""
 
-from gfnode_fast.spectra.cache import SpectralCache
+from gfnode_fast.spectra.cache import SpectralCache, shared_cache
 from gfnode_fast.spectra.canonical import canonical_basis, eigenspaces
 from gfnode_fast.spectra.gaps import SpectralGapReport, spectral_gap_report
 from gfnode_fast.spectra.graphs import Graphs
@@ -16,5 +16,6 @@ __all__ = [
     "eigenspaces",
     "graph_laplacian",
     "graph_spectrum",
+    "shared_cache",
     "spectral_gap_report",
 ]

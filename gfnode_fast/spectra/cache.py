@@ -65,35 +65,51 @@ class SpectralCache:
         graphs: Graphs,
         kind: Kind = "combinatorial",
         *,
+        which: Tensor | None = None,
         canonical: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> Spectrum:
         """What `graph_spectrum` gives for the same arguments, bit for bit.
 
+        Args:
+            graphs, kind, canonical, dtype: as there.
+            which: (K,) int64, the spectra of `graphs.select(which)` instead, without making its
+                edges: the way for a training loop, which makes `graphs` of its molecules once. All
+                found, the time is that of gathering K matrices; with edge lists made for the batch
+                it is mostly that of checking and sorting them.
+
+        Raises:
+            TypeError, ValueError: as `graph_spectrum` and `Graphs.select`.
+
         Notes:
             The result may be shared, with the cache and between equal graphs: do not change it in
             place.
         """
-        if len(graphs) == 0:
-            return graph_spectrum(graphs, kind, canonical=canonical, dtype=dtype)
-        keys, which, distinct = graphs.distinct
+        if which is not None:
+            graphs.check_numbers("spectrum", which)
+        keys, numbers, distinct = graphs.distinct
+        if which is not None:
+            numbers = numbers[which]
+        if len(numbers) == 0:
+            none = graphs.select(numbers)
+            return graph_spectrum(none, kind, canonical=canonical, dtype=dtype)
+        present, numbers = numbers.unique(return_inverse=True)
+        keys = [keys[k] for k in present.tolist()]
         settings = (kind, canonical, dtype, graphs.row.device)
         with self._lock:
-            found = [self._remembered((key, *settings)) for key in keys]
-            missing = [k for k, spectrum in enumerate(found) if spectrum is None]
+            found = {key: self._remembered((key, *settings)) for key in keys}
+            missing = [k for k, key in enumerate(keys) if found[key] is None]
             self._counters["hits"] += len(keys) - len(missing)
             if missing:
-                solved = self._solve(keys, distinct, missing, kind, canonical)
+                solved = self._solve(keys, distinct.select(present), missing, kind, canonical)
                 for k, (w, U) in zip(missing, solved, strict=True):
                     spectrum = Spectrum(*(x.to(graphs.row.device, dtype) for x in (w, U)))
                     self._remember((keys[k], *settings), spectrum)
-                    found[k] = spectrum
-        w, U = _padded([spectrum for spectrum in found if spectrum is not None], graphs.largest)
-        if len(keys) == len(graphs):
-            return Spectrum(w, U)
+                    found[keys[k]] = spectrum
+        w, U = _padded([spectrum for spectrum in found.values() if spectrum is not None])
         if len(keys) == 1:
-            return Spectrum(w.expand(len(graphs), -1), U.expand(len(graphs), -1, -1))
-        return Spectrum(w[which], U[which])
+            return Spectrum(w.expand(len(numbers), -1), U.expand(len(numbers), -1, -1))
+        return Spectrum(w.index_select(0, numbers), U.index_select(0, numbers))
 
     def _remembered(self, key: tuple[Any, ...]) -> Spectrum | None:
         spectrum = self._spectra.get(key)
@@ -102,6 +118,8 @@ class SpectralCache:
         return spectrum
 
     def _remember(self, key: tuple[Any, ...], spectrum: Spectrum) -> None:
+        if _bytes(spectrum) > self.max_bytes:  # would drop all others, and itself
+            return
         self._spectra[key] = spectrum
         self._counters["bytes"] += _bytes(spectrum)
         while self._counters["bytes"] > self.max_bytes:
@@ -132,6 +150,16 @@ class SpectralCache:
         return [solved[k] for k in missing]
 
 
+_SHARED = SpectralCache(64 << 20)
+
+
+def shared_cache() -> SpectralCache:
+    """The process's own cache, 64 MiB in memory: `gfnode_fast.data.build_graph` solves through it,
+    so that a molecule which is prepared again, for another run, split or number of modes, is not.
+    """
+    return _SHARED
+
+
 def counters_of_all() -> dict[str, int]:
     """Sums over all caches that live."""
     total = {"caches": 0, "hits": 0, "solved": 0, "read": 0, "evicted": 0, "bytes": 0}
@@ -152,8 +180,9 @@ def _file_name(key: bytes, kind: Kind, canonical: bool) -> str:
     return hashlib.sha256(key + f"{ALGORITHM} {kind} {rule}".encode()).hexdigest()
 
 
-def _padded(spectra: list[Spectrum], n: int) -> Spectrum:
+def _padded(spectra: list[Spectrum]) -> Spectrum:
     """Stack spectra of different size, zero beyond each one's own."""
+    n = max(len(spectrum.w) for spectrum in spectra)
     if all(len(spectrum.w) == n for spectrum in spectra):
         return Spectrum(*(torch.stack(parts) for parts in zip(*spectra, strict=True)))
     w = spectra[0].w.new_zeros(len(spectra), n)

@@ -27,6 +27,10 @@ class Graphs:
 
     Notes:
         Not to be changed in place: what follows from the edges is computed once.
+
+        Edge lists are sorted to be checked, and once more to be known again (`distinct`). Where
+        the same graphs come in many batches, make `Graphs` of these graphs once, and of each batch
+        an index into them, for `select` and `SpectralCache.spectrum`, which then do neither.
     """
 
     row: Tensor
@@ -80,8 +84,9 @@ class Graphs:
             raise ValueError("Graphs: `row` and `col` must be of one graph, got an edge across two")
         if bool((row == col).any()):
             raise ValueError("Graphs: `row` and `col` must differ, got a loop; leave it out")
-        here, there = (row * nodes + col).sort(), (col * nodes + row).sort()
-        if not torch.equal(here.values, there.values):
+        order = self._order
+        here, there = (row * nodes + col)[order], (col * nodes + row).sort()
+        if not torch.equal(here, there.values):
             raise ValueError(
                 "Graphs: `row` and `col` must hold both directions of every edge, got one without "
                 "its reverse; append the reversed edges"
@@ -90,9 +95,9 @@ class Graphs:
             if not bool((self.weights.isfinite() & (self.weights >= 0)).all()):
                 raise ValueError("Graphs: `weights` must be finite and not negative")
             # Repeated edges may differ among each other, their sums may not.
-            first, where = here.values.unique_consecutive(return_inverse=True)
+            first, where = here.unique_consecutive(return_inverse=True)
             sums = self.weights.new_zeros(2, len(first))
-            sums[0].index_add_(0, where, self.weights[here.indices])
+            sums[0].index_add_(0, where, self.weights[order])
             sums[1].index_add_(0, where, self.weights[there.indices])
             if not torch.allclose(sums[0], sums[1]):
                 raise ValueError("Graphs: `weights` must be equal in both directions of an edge")
@@ -100,9 +105,8 @@ class Graphs:
     @classmethod
     def repeat(cls, row: Tensor, col: Tensor, num_nodes: int, copies: int) -> Graphs:
         """Copies of one graph."""
-        shift = torch.arange(copies, device=row.device)[:, None] * num_nodes
-        ptr = torch.arange(copies + 1, device=row.device) * num_nodes
-        return cls((row + shift).flatten(), (col + shift).flatten(), ptr)
+        one = cls(row, col, torch.tensor([0, num_nodes], device=row.device))
+        return one.select(torch.zeros(copies, dtype=torch.int64, device=row.device))
 
     def graph_of(self, nodes: Tensor) -> Tensor:
         """The graph of each flat node."""
@@ -122,6 +126,17 @@ class Graphs:
         return int(self.sizes.max()) if len(self) else 0
 
     @cached_property
+    def _order(self) -> Tensor:
+        """(E,) the edges sorted by row, which puts those of a graph beside each other, and col."""
+        nodes = self.ptr[-1].clamp(min=1)
+        return (self.row * nodes + self.col).argsort(stable=True)
+
+    @cached_property
+    def _edge_counts(self) -> Tensor:
+        """(B,) number of edges of each graph."""
+        return torch.searchsorted(self.row[self._order], self.ptr).diff()
+
+    @cached_property
     def distinct(self) -> tuple[list[bytes], Tensor, Graphs]:
         """The different ones among the graphs.
 
@@ -129,42 +144,72 @@ class Graphs:
             Their keys, equal for equal nodes, edges and weights and for no others (SHA-256); which
             of them each graph is, (B,); and the different graphs themselves.
         """
-        keys: dict[bytes, int] = {}
-        first: list[int] = []
-        which = []
+        numbers: dict[bytes, int] = {}
+        first, number_of = [], []
         for b, content in enumerate(self._contents()):
-            key = hashlib.sha256(content).digest()
-            if key not in keys:
-                keys[key] = len(keys)
+            if content not in numbers:
+                numbers[content] = len(numbers)
                 first.append(b)
-            which.append(keys[key])
+            number_of.append(numbers[content])
         chosen = torch.tensor(first, dtype=torch.int64, device=self.row.device)
-        return list(keys), torch.tensor(which, device=self.row.device), self.select(chosen)
+        keys = [hashlib.sha256(content).digest() for content in numbers]
+        which = torch.tensor(number_of, dtype=torch.int64, device=self.row.device)
+        return keys, which, self.select(chosen)
 
     def _contents(self) -> Iterator[bytes]:
         """Nodes, sorted edges and weights of each graph as bytes."""
-        graph = self.graph_of(self.row)
-        local = torch.stack([self.row, self.col]) - self.ptr[graph]
-        order = (self.row * max(1, int(self.ptr[-1])) + self.col).argsort(stable=True)
-        edges = local[:, order].t().contiguous().cpu().numpy()
-        counts = torch.bincount(graph, minlength=len(self)).tolist()
+        order, counts = self._order, self._edge_counts
+        first = torch.repeat_interleave(self.ptr[:-1], counts, output_size=len(order))
+        local = torch.stack([self.row[order] - first, self.col[order] - first], dim=1)
+        edges = local.cpu().numpy()
         weights = None if self.weights is None else self.weights[order].double().cpu().numpy()
         begin = 0
-        for size, count in zip(self.sizes.tolist(), counts, strict=True):
+        for size, count in zip(self.sizes.tolist(), counts.tolist(), strict=True):
             part = slice(begin, begin + count)
             begin += count
             content = size.to_bytes(8, "little") + edges[part].tobytes()
             yield content if weights is None else content + b"w" + weights[part].tobytes()
 
+    def check_numbers(self, op: str, which: Tensor) -> None:
+        """Raise unless `which` is (K,) int64 and numbers graphs; on the CPU that is looked at."""
+        if which.dtype != torch.int64:
+            raise TypeError(f"{op}: `which` must be int64, got {which.dtype}; use .long()")
+        if which.dim() != 1 or which.device != self.ptr.device:
+            raise ValueError(
+                f"{op}: `which` must be (K,) on {self.ptr.device}, got {tuple(which.shape)} on "
+                f"{which.device}; pass the numbers of the graphs"
+            )
+        if which.device.type == "cpu" and len(which):
+            low, high = (int(end) for end in which.aminmax())
+            if low < 0 or high >= len(self):
+                raise ValueError(
+                    f"{op}: `which` must be in 0 … {len(self) - 1}, got {low} … {high}; pass the "
+                    "numbers of graphs that there are"
+                )
+
     def select(self, which: Tensor) -> Graphs:
-        """These graphs of the batch, (K,) int64, in this order."""
-        sizes = self.sizes[which]
+        """These graphs of the batch, (K,) int64, in this order, each as often as it is named.
+
+        Raises:
+            TypeError, ValueError: `which` is of another dtype, shape or device, or, on the CPU,
+                numbers a graph that is not there.
+        """
+        self.check_numbers("select", which)
+        counts = self._edge_counts
+        sizes, numbers = self.sizes[which], counts[which]
+        ends = numbers.cumsum(0)
+        total = int(ends[-1]) if len(which) else 0
+        owner = torch.repeat_interleave(numbers, output_size=total)
+        begin = (counts.cumsum(0) - counts)[which] - (ends - numbers)
+        edge = self._order[begin[owner] + torch.arange(total, device=owner.device)]
         ptr = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-        graph = self.graph_of(self.row)
-        place = torch.full((len(self),), -1, dtype=torch.int64, device=self.row.device)
-        place[which] = torch.arange(len(which), device=self.row.device)
-        kept = place[graph] >= 0
-        graph = graph[kept]
-        shift = ptr[place[graph]] - self.ptr[graph]
-        weights = None if self.weights is None else self.weights[kept]
-        return Graphs(self.row[kept] + shift, self.col[kept] + shift, ptr, weights)
+        shift = (ptr[:-1] - self.ptr[which])[owner]
+        graphs = object.__new__(Graphs)  # these edges have been checked
+        for name, value in (
+            ("row", self.row[edge] + shift),
+            ("col", self.col[edge] + shift),
+            ("ptr", ptr),
+            ("weights", None if self.weights is None else self.weights[edge]),
+        ):
+            object.__setattr__(graphs, name, value)
+        return graphs

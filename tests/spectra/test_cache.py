@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import gfnode_fast
-from gfnode_fast.spectra import Graphs, SpectralCache, graph_spectrum
+from gfnode_fast.data import build_graph, load_sample
+from gfnode_fast.spectra import Graphs, SpectralCache, graph_spectrum, shared_cache
 from gfnode_fast.spectra import cache as cache_module
 from graph_shapes import batch_of, random, ring, star
 
@@ -55,6 +56,45 @@ def test_equal_graphs_share_memory():
     assert found.U.untyped_storage().nbytes() == 4 * 36
 
 
+def test_a_batch_of_known_graphs_is_an_index(monkeypatch: pytest.MonkeyPatch):
+    known = batch_of([ring(5), star(4), random(6, 0), ring(5)], weighted=True)
+    which = torch.tensor([3, 1, 1, 0, 3])
+    cache = SpectralCache()
+    found = cache.spectrum(known, which=which)
+    batch = known.select(which)
+    expected = graph_spectrum(batch)
+    assert torch.equal(found.U, expected.U)
+    assert torch.equal(found.w, expected.w)
+    assert cache.counters()["solved"] == 2  # the rings are one graph
+    assert torch.equal(SpectralCache().spectrum(batch).U, expected.U)
+    monkeypatch.setattr(Graphs, "select", None)  # a hit makes no edges
+    assert torch.equal(cache.spectrum(known, which=which).U, expected.U)
+    assert cache.counters()["hits"] == 2
+
+
+def test_a_batch_must_name_known_graphs():
+    known, cache = batch_of([ring(5), star(4)]), SpectralCache()
+    assert cache.spectrum(known, which=torch.tensor([], dtype=torch.int64)).U.shape == (0, 0, 0)
+    with pytest.raises(TypeError, match="`which` must be int64, got torch.int32"):
+        cache.spectrum(known, which=torch.tensor([0], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"`which` must be \(K,\) on cpu, got \(1, 1\)"):
+        known.select(torch.tensor([[0]]))
+    for number in (-1, 2):
+        with pytest.raises(ValueError, match=f"`which` must be in 0 … 1, got {number}"):
+            known.select(torch.tensor([number]))
+
+
+def test_molecules_are_solved_once_in_a_process():
+    sample = load_sample("ethanol")
+    first = build_graph(sample.positions[0], sample.numbers)
+    solved = shared_cache().counters()["solved"]
+    expected = first.eigvecs.clone()
+    first.eigvecs.zero_()  # its own
+    again = build_graph(sample.positions[1], sample.numbers)
+    assert torch.equal(again.eigvecs, expected)
+    assert shared_cache().counters()["solved"] == solved
+
+
 def test_the_oldest_go_when_it_is_full():
     size = 4 * (5 + 25)
     cache = SpectralCache(max_bytes=2 * size)
@@ -67,6 +107,16 @@ def test_the_oldest_go_when_it_is_full():
     cache.spectrum(second)
     assert cache.counters()["solved"] == 4
     assert cache.counters()["bytes"] <= 2 * size
+
+
+def test_what_is_too_large_drops_nothing():
+    small = batch_of([ring(5)])
+    cache = SpectralCache(max_bytes=4 * (5 + 25))
+    cache.spectrum(small)
+    cache.spectrum(batch_of([ring(6)]))
+    cache.spectrum(small)
+    assert cache.counters()["hits"] == 1
+    assert cache.counters()["evicted"] == 0
 
 
 def test_nothing_is_kept_without_room():
