@@ -10,21 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import gfnode_fast
 from gfnode_fast.ops.mode_rhs import right_hand_side
 from gfnode_fast.ops.propagate import propagate
 from gfnode_fast.solvers import (
-    FixedStep,
     LinearRHS,
     SolverError,
     SolveStats,
-    fixed,
     solve_exact,
 )
 from gfnode_fast.solvers import forced as forced_module
 from gfnode_fast.solvers.exact import degree_and_substeps, remainder
 from golden_files import relative_error
-from model_inputs import constructor, inputs
 from spectral import outputs_and_gradients, propagator, published, signals
 
 BOUND = {torch.float32: 1e-6, torch.float64: 1e-13}
@@ -361,59 +357,3 @@ def test_dynamics_that_is_not_linear_is_refused(interaction: str) -> None:
     function = right_hand_side(model.t_conv.ode_func)
     with pytest.raises(ValueError, match="`rhs` must be linear or affine"):
         solve_exact(function, random(3, 2, 1, 6), random_times(2, 2))
-
-
-EXACT: dict[str, Any] = {"solver_mode": "exact"}
-PER_MOLECULE: dict[str, Any] = {"solver_mode": "per_molecule"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"solver_mode": "each"}, ValueError, "`solver_mode` must be one of .* got 'each'; "),
-        ({"solver_mode": None}, TypeError, "`solver_mode` must be one of .* got NoneType"),
-        ({"solver_mode": 0.1}, TypeError, "`solver_mode` must be one of .* got float .0.1.; "),
-        (EXACT | {"solver": "rk4"}, ValueError, "`solver` must be the default 'dopri5' with"),
-        (EXACT | {"mode_interaction": "concat"}, ValueError, "where modes interact, got 'exact'; "),
-        (EXACT | {"no_ode": True}, ValueError, "must be 'joint' with no_ode=True, got 'exact'; "),
-        (EXACT | {"backend": "reference"}, ValueError, "with backend='reference', got 'exact'; "),
-        (EXACT | {"backend": "compiled", "time_mode": "mlp"}, ValueError, "`time_mode` must be"),
-        (PER_MOLECULE | {"solver": "rk4"}, ValueError, "`solver` must be one of .'dopri5', .*; "),
-        (PER_MOLECULE | {"solver": "explicit_adams"}, ValueError, "choose an adaptive method"),
-        ({"solver_mode": fixed(0.1)}, ValueError, "one of .'euler', .* got 'dopri5'; "),
-    ],
-    ids=str,
-)
-def test_refused_at_construction(
-    changes: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=f"GF-NODE: .*{message}"):
-        gfnode_fast.FourierMD(**constructor(), **changes)
-
-
-def test_modes_interact_only_where_the_basis_lets_them() -> None:
-    """The linear basis ignores mode_interaction, as published."""
-    model = gfnode_fast.FourierMD(
-        **constructor(fourier_basis="linear", mode_interaction="attention"), solver_mode="exact"
-    )
-    assert torch.isfinite(model(**inputs())[0]).all()
-
-
-@pytest.mark.parametrize("mode", ["per_molecule", "exact", fixed(0.02)])
-def test_model_agrees_with_the_joint_solve(mode: Any) -> None:
-    changes = {"solver": "rk4"} if isinstance(mode, FixedStep) else {}
-    tight = constructor(rtol=1e-7, atol=1e-8)
-    torch.manual_seed(0)
-    joint = gfnode_fast.FourierMD(**tight).double()
-    model = gfnode_fast.FourierMD(**(tight | changes), solver_mode=mode).double()
-    model.load_state_dict(joint.state_dict())
-    given = inputs(dtype=torch.float64)
-    results = []
-    for either in (joint, model):
-        x, v, h, _ = either(**given)
-        (x.square().mean() + v.square().mean() + h.square().mean()).backward()
-        results.append((x, [p.grad for p in either.parameters()]))
-    assert model.last_solve["freq_conv"].accepted > 0
-    assert relative_error(results[1][0], results[0][0]) < 1e-6
-    for mine, theirs in zip(results[1][1], results[0][1], strict=True):
-        assert relative_error(mine, theirs, 1e-6) < 1e-5
