@@ -5,12 +5,14 @@
     python benchmarks/gpu_acceptance.py --part core --dry-run      the same code on a CPU, tiny
     sizes
 
-tests    builds the extension unless it is there, runs `pytest -m gpu` with GFNODE_REQUIRE_GPU=1,
-and
-         compute-sanitizer, where there is one, on the smallest training step
+tests    builds the extension unless it is there, runs the files with tests marked `gpu` with
+         GFNODE_REQUIRE_GPU=1, and compute-sanitizer, where there is one, on the smallest step
 core     machine ceilings, every row of the target table, precision modes, a profile of the step
 matrix   the other combinations
 training `gfnode_fast.train` end to end, on large systems, and its loss curves
+
+A bare checkout with torch, triton, torchdiffeq, numpy and pytest will do; `training`, and the tests
+of training, need safetensors besides.
 
 Each part writes PART.json and PART.md under --out (default: $OUT, or the current folder) and prints
 the table last. It keeps to --minutes: rows come most important first with an estimated cost, which
