@@ -4,6 +4,7 @@ check.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import gfnode_fast
 from benchmarks import inputs, peers
 from benchmarks.baselines import c1, u1
-from benchmarks.registry import CAPTURED, FORMS, WHOLE_COMPILED, Row
+from benchmarks.registry import CAPTURED, FORMS, MORE_ATTEMPTS, WHOLE_COMPILED, Row
 from benchmarks.task import (
     Task,
     Unavailable,
@@ -41,6 +42,7 @@ OURS = {
     "ours stages": {},
     "ours triton": {"backend": "triton"},
     **{form: {"backend": "triton"} for form in FORMS},
+    MORE_ATTEMPTS: {"backend": "triton"},
     "ours exact triton": {"backend": "triton", "solver_mode": "exact"},
     CAPTURED: {"backend": "triton"},
 }
@@ -262,6 +264,7 @@ def _solve(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
         "ours eager loop": peers.solve_eager_loop,
         "ours stages": peers.solve_stages,
         "ours triton": peers.solve_triton,
+        MORE_ATTEMPTS: functools.partial(peers.solve_triton, max_attempts=64),
     }
     if solve := solves.get(contender):
         return (lambda: (solve(ode, y0, s),)), {"y0": y0}

@@ -38,12 +38,13 @@ def solve_ours(ode: nn.Module, y0: Tensor, s: Tensor) -> Tensor:
     return solved.permute(1, 0, 3, 2, 4)
 
 
-def solve_triton(ode: nn.Module, y0: Tensor, s: Tensor) -> Tensor:
+def solve_triton(ode: nn.Module, y0: Tensor, s: Tensor, max_attempts: int = 16) -> Tensor:
     """The same by Triton kernels, whose counts nobody reads."""
     from gfnode_fast.ops.triton_solve import triton_solve
     from gfnode_fast.solvers.stats import SolveStats
 
-    return triton_solve(ode, y0, s, SolveStats(), "joint").permute(1, 0, 3, 2, 4)
+    solved = triton_solve(ode, y0, s, SolveStats(), "joint", max_attempts)
+    return solved.permute(1, 0, 3, 2, 4)
 
 
 def solve_compiled(ode: nn.Module, y0: Tensor, s: Tensor) -> Tensor:

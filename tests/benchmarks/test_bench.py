@@ -25,6 +25,7 @@ from benchmarks.operations import make_task
 from benchmarks.registry import (
     CAPTURED,
     FORMS,
+    MORE_ATTEMPTS,
     SETS,
     Row,
     contenders,
@@ -55,9 +56,9 @@ def test_triton_competes_on_gpus_only(op: str) -> None:
     on_gpu = contenders(row, "cuda")
     assert on_gpu[: len(contenders(row))] == contenders(row)
     triton = on_gpu[len(contenders(row)) :]
-    assert (
-        triton == ("ours triton", "ours exact triton")[: 2 if op in ("model", "propagation") else 1]
-    )
+    exact = ("ours exact triton",)
+    more = {"model": exact, "propagation": exact, "solve": (MORE_ATTEMPTS,)}
+    assert triton == ("ours triton", *more.get(op, ()))
     for name in triton:
         with pytest.raises(Unavailable, match="Triton needs a CUDA device"):
             make_task(name, row, CPU)
