@@ -20,7 +20,10 @@ from benchmarks.registry import BASELINES, CAPTURED, EAGER_LOOP, Row, contenders
 from benchmarks.task import Task, Unavailable
 from benchmarks.timing import Timing, count, count_operations, interleaved, peak_memory, ratio
 
-SINGLE_FROM = {"cpu": 200, "cuda": 4096}  # U0 with irregular times runs once from this batch on
+# From this batch on, U0 with irregular times is not warmed up, and runs once; propagation alone
+# U0_SAMPLES times, if these are predicted to fit into the limit.
+SINGLE_FROM = {"cpu": 200, "cuda": 4096}
+U0_SAMPLES = 3
 COUNTED_UP_TO_S = 20.0  # an execution longer than this is not repeated for counting and weighing
 CHECKED_WITHOUT_MEMORY = 512  # the batch of the agreement check where U1 does not fit
 CUDA_GRAPH_RUNS = 3
@@ -79,10 +82,15 @@ def _failure(status: str, error: BaseException) -> dict[str, Any]:
     return found
 
 
-def _is_single(contender: str, row: Row, device: torch.device) -> bool:
+def _samples_of_u0(row: Row, device: torch.device, effort: Effort) -> dict[str, int]:
+    """How often U0 runs, where that is not as often as the others."""
     union = row.op in ("model", "propagation", "solve") and row.times == "irregular"
-    large = row.batch >= SINGLE_FROM[device.type] or predict_u0_seconds(row, device) > 15
-    return contender == "U0" and union and row.phase != "forward" and large
+    took = predict_u0_seconds(row, device)
+    large = row.batch >= SINGLE_FROM[device.type] or took > 15
+    if not union or row.phase == "forward" or not large:
+        return {}
+    several = row.op == "propagation" and U0_SAMPLES * took <= effort.u0_limit_s
+    return {"U0": U0_SAMPLES if several else 1}
 
 
 def measure(
@@ -210,6 +218,7 @@ def _time(
     """Time what passed, interleaved; one that fails now is dropped and the rest timed again."""
     while tasks:
         running = ""
+        exactly = {k: v for k, v in _samples_of_u0(row, device, effort).items() if k in tasks}
 
         def guarded(name: str) -> Any:
             def run() -> None:
@@ -225,7 +234,7 @@ def _time(
                 device,
                 rounds=effort.rounds,
                 seconds_each=effort.seconds_each,
-                single=frozenset(name for name in tasks if _is_single(name, row, device)),
+                exactly=exactly,
             )
         except Exception as error:
             results[running] = _failure("failed", error)

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,19 +69,20 @@ def interleaved(
     *,
     rounds: int,
     seconds_each: float,
-    single: frozenset[str] = frozenset(),
+    exactly: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Timing]:
     """Time all contenders in turn, round after round, so that drift meets all of them alike.
 
     Args:
         rounds: at most that many samples each.
         seconds_each: a contender leaves once its samples add up to this much; each has one at
-        least. single: contenders that run exactly once, without warm-up.
+        least.
+        exactly: contenders that take so many samples of one execution each, without warm-up.
     """
     timings = {name: Timing() for name in runs}
     for name, run in runs.items():
-        if name in single:
-            timings[name].samples.append(sample(run, device, 1))
+        if name in exactly:
+            timings[name].samples += [sample(run, device, 1) for _ in range(exactly[name])]
             continue
         took = sample(run, device, 1)
         for _ in range(WARM_RUNS - 1):
@@ -94,7 +96,7 @@ def interleaved(
             for name, run in runs.items():
                 timing = timings[name]
                 spent = sum(timing.samples) * timing.repeats
-                if name not in single and (not timing.samples or spent < seconds_each):
+                if name not in exactly and (not timing.samples or spent < seconds_each):
                     timing.samples.append(sample(run, device, timing.repeats))
     finally:
         gc.enable()

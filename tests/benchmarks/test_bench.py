@@ -143,7 +143,7 @@ def test_a_missing_contender_says_why() -> None:
 def test_timing_interleaves_and_pairs() -> None:
     order: list[str] = []
     runs = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    timings = interleaved(runs, CPU, rounds=3, seconds_each=60, single=frozenset("b"))
+    timings = interleaved(runs, CPU, rounds=3, seconds_each=60, exactly={"b": 1})
     assert len(timings["a"].samples) == 3
     assert len(timings["b"].samples) == 1
     assert order.count("b") == 1
@@ -210,9 +210,10 @@ def test_accuracy_stands_beside_the_time(result: dict) -> None:
     found = accuracy(replace(SMALL, op="model", phase="step"), CPU, rounds=1)
     modes = {(e["contender"], e["precision"]): e for e in found["modes"]}
     assert modes["ours", "fp32"]["output against fp32"] < 20
+    assert modes["ours exact", "fp32"]["grad"] < 1e-6
     assert "needs a CUDA device" in modes["U1", "tf32"]["reason"]
     text = report.readme_section([result | found])
-    assert "| ours exact | fp32 |" in text
+    assert "| ours exact (converged) | fp32 |" in text
 
 
 def test_the_figure_is_drawn(result: dict, tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_readme_matches_the_committed_results() -> None:
 
 
 def test_committed_results_are_readable() -> None:
-    for result in report.committed_results():
+    for result in report.committed_results().values():
         assert report.readme_section([result])
         assert result["about"]["commit"]
 
