@@ -57,6 +57,7 @@ from gfnode_fast.kernels.graph_tiles import (
     store_point,
     summand_tile,
 )
+from gfnode_fast.kernels.integers import BATCH_SIZES
 
 MAX_DISPLACEMENT = tl.constexpr(100.0)
 NORM_EPSILON = tl.constexpr(1e-12)
@@ -90,7 +91,7 @@ def hidden_summand(
     return u + q[:, None] * weight[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _egnn_layer_fwd_kernel(
     x_ptr,
     v_ptr,

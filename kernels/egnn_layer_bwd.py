@@ -21,9 +21,10 @@ from gfnode_fast.kernels.graph_tiles import (
     load_point,
     split_products,
 )
+from gfnode_fast.kernels.integers import BATCH_SIZES
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _egnn_node_bwd_kernel(
     grad_x_ptr,
     grad_h_ptr,
@@ -130,7 +131,7 @@ def _egnn_node_bwd_kernel(
     tl.store(sums_ptr + 3 * hidden + width, tl.sum(grad_offset, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _egnn_edge_bwd_kernel(
     x_ptr,
     node_products_ptr,
@@ -291,7 +292,7 @@ def _egnn_edge_bwd_kernel(
     tl.store(to, tl.load(to) + tl.sum(grad_offset, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _egnn_gather_bwd_kernel(
     grad_u_ptr,
     grad_r_ptr,

@@ -13,7 +13,7 @@ from gfnode_fast.kernels.egnn_layer_bwd import (
     _egnn_gather_bwd_kernel,
     _egnn_node_bwd_kernel,
 )
-from gfnode_fast.kernels.launch import ceil_div, next_power_of_2, on_device_of
+from gfnode_fast.kernels.launch import MAX_GRID, ceil_div, next_power_of_2, on_device_of
 from gfnode_fast.kernels.registry import AotCase
 from gfnode_fast.kernels.row_products_launch import (
     MODES,
@@ -107,7 +107,7 @@ def launch_egnn_layer_bwd(
     programs = num_programs(h, ceil_div(rows, block_r), PER_MULTIPROCESSOR)
     node_sums = h.new_zeros(programs, 3 * hidden + width + 1)
     per_copy = max(1, num_edges * (hidden + 3) * h.element_size())
-    copies = max(1, min(num_copies, EDGE_BUFFER_BYTES // per_copy))
+    copies = max(1, min(num_copies, EDGE_BUFFER_BYTES // per_copy, MAX_GRID))
     edge_programs = num_programs(h, ceil_div(num_edges, block_r) * copies, PER_MULTIPROCESSOR)
     own = h.new_empty(edge_programs, block_r, 3 * (hidden + width))
     grad_u = h.new_empty(copies * num_edges, hidden)

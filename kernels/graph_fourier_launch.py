@@ -16,6 +16,7 @@ from gfnode_fast.kernels.graph_fourier import (
     _inverse_graph_fourier_fwd_kernel,
 )
 from gfnode_fast.kernels.launch import (
+    MAX_GRID,
     acc_type,
     ceil_div,
     next_power_of_2,
@@ -75,7 +76,7 @@ def launch_inverse_graph_fourier_fwd(
     added = None if residual is None else unit_stride(_rows(residual, ptr))
     block_n, block_c = _tile(num_atoms, channels)
     tiles = ceil_div(channels, block_c)
-    times_per_program = times if batch * tiles >= MANY_PROGRAMS else 1
+    times_per_program = times if batch * tiles >= MANY_PROGRAMS else ceil_div(times, MAX_GRID)
     with on_device_of(modes):
         _inverse_graph_fourier_fwd_kernel[(batch, tiles, ceil_div(times, times_per_program))](
             modes, eigvecs, added, None if centroid is None else _rows(centroid, ptr).contiguous(),

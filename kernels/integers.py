@@ -1,10 +1,11 @@
-"""Integers in kernels."""
+"""Integer arguments of kernels."""
 
-import triton
-import triton.language as tl
-
-
-@triton.jit
-def as_int64(n):
-    """A size in 64 bits; Triton hands a size of 1 over as a constant, which has no `.to`."""
-    return tl.full((), 0, tl.int64) + n
+BATCH_SIZES = (
+    "attempt", "first_copy", "max_attempts", "num_copies", "num_edges", "num_entries", "num_items",
+    "num_nodes", "num_partials", "num_rows", "num_tiles",
+)  # fmt: skip
+"""Names of those that follow the batch or count launches, for `do_not_specialize`, which passes
+over the ones that a kernel lacks. Triton compiles a kernel anew where an integer is 1, a multiple
+of 16 or neither. That gains nothing here, and with molecules of different size kernels would be
+compiled all through training.
+"""

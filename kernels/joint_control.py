@@ -14,6 +14,8 @@ attempt. No atomics; every sum has a fixed order, the same in all programs.
 import triton
 import triton.language as tl
 
+from gfnode_fast.kernels.integers import BATCH_SIZES
+
 # A record: time, step size, accepted steps, status, whether attempt 0 was accepted, attempts made.
 RECORD = 8
 RUNNING, DONE, NOT_FINITE, UNDERFLOW = 0, 1, 2, 3
@@ -138,7 +140,7 @@ def _decide(
     return time, size, accepted, status, just_accepted, before_time, before_size
 
 
-@triton.jit(do_not_specialize=["attempt"])
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _joint_decide_kernel(
     last_ptr, record_ptr, steps_ptr, partial_ptr, attempt, num_partials, num_entries, order
 ):

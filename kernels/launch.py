@@ -8,6 +8,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+MAX_GRID = 65_535  # programs along the second and the third dimension of a launch
+
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Context in which Triton launches on the tensor's device and that device's current stream."""

@@ -10,8 +10,6 @@ are the scaled derivatives h^k y^(k)(t): time is one more entry of the state, wi
 import triton
 import triton.language as tl
 
-from gfnode_fast.kernels.integers import as_int64
-
 
 @triton.jit
 def _load_square(ptr, i, stride_i, o, stride_o, size):
@@ -33,7 +31,7 @@ def _value_offsets(
 ):
     """Where a mode's values of rows (BLOCK_T, BLOCK_R) begin in (T, B, M, D, C)."""
     t = first_time + tl.arange(0, BLOCK_T)
-    batch = as_int64(num_rows) // num_components
+    batch = num_rows.to(tl.int64) // num_components
     to = (t[:, None] * batch + (row // num_components)[None, :]) * num_modes + mode
     return (to * num_components + (row % num_components)[None, :]) * num_channels
 

@@ -40,6 +40,7 @@ from gfnode_fast.kernels.graph_tiles import (
     split_products,
     summand_tile,
 )
+from gfnode_fast.kernels.integers import BATCH_SIZES
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def node_hidden(
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _mean_layer_fwd_kernel(
     x_ptr,
     v_ptr,

@@ -17,10 +17,11 @@ from gfnode_fast.kernels.graph_tiles import (
     split_products,
     summand_tile,
 )
+from gfnode_fast.kernels.integers import BATCH_SIZES
 from gfnode_fast.kernels.mean_layer import load_state, mean_message, node_hidden, store_state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _mean_node_bwd_kernel(
     grad_x_ptr,
     grad_v_ptr,
@@ -117,7 +118,7 @@ def _mean_node_bwd_kernel(
             store_tile(grad_sum_ptr, row * hidden, c, mask, hidden, grad / count[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _mean_edge_bwd_kernel(
     grad_state_ptr,
     grad_sum_ptr,
@@ -219,7 +220,7 @@ def _mean_edge_bwd_kernel(
             store_state(grad_x_ptr, grad_v_ptr, grad_h_ptr, row, c, mask, width, grad)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _mean_summand_bwd_kernel(
     grad_sum_ptr,
     node_products_ptr,

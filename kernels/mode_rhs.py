@@ -30,6 +30,8 @@ Tuned on: none yet; not yet run on hardware.
 import triton
 import triton.language as tl
 
+from gfnode_fast.kernels.integers import BATCH_SIZES
+
 
 @triton.jit
 def _load_rows(ptr, row, stride_r, channel, mask):
@@ -42,7 +44,7 @@ def _load_matrix(ptr, i, stride_i, num_i, o, stride_o, num_o):
     return tl.load(ptr + i[:, None] * stride_i + o[None, :] * stride_o, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _mode_linear_kernel(
     y_ptr,
     weight_ptr,
@@ -79,7 +81,7 @@ def _mode_linear_kernel(
     tl.store(out_ptr + at, out, mask=mask_r[:, None] & (o < num_out)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _mode_mlp_kernel(
     y_ptr,
     weight_in_ptr,
@@ -195,7 +197,7 @@ def _pull_attention(
     return grad_u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _mode_attention_fwd_kernel(
     y_ptr,
     key_ptr,
@@ -240,7 +242,7 @@ def _mode_attention_fwd_kernel(
         tl.store(out_ptr + at, out, mask=mask_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _mode_attention_bwd_kernel(
     grad_ptr,
     y_ptr,

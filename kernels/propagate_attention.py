@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from gfnode_fast.kernels.attention_dynamics import _evaluate, _fill_stages
-from gfnode_fast.kernels.integers import as_int64
+from gfnode_fast.kernels.integers import BATCH_SIZES
 from gfnode_fast.kernels.joint_control import (
     RUNNING_,
     _decide,
@@ -31,7 +31,7 @@ from gfnode_fast.kernels.joint_control import (
 from gfnode_fast.kernels.joint_values import _abscissae, _of_end, _of_error, _share
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _attention_init_kernel(
     y0_ptr,
     key_ptr,
@@ -121,7 +121,7 @@ def _attention_init_kernel(
         tl.store(partial_ptr + num_tiles + program, second_square)
 
 
-@triton.jit(do_not_specialize=["attempt", "max_attempts"])
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _attention_attempt_kernel(
     key_ptr,
     query_bias_ptr,
@@ -177,7 +177,7 @@ def _attention_attempt_kernel(
     if just_accepted == 1:
         molecule = row // num_components
         component = row % num_components
-        batch = as_int64(num_rows) // num_components
+        batch = num_rows.to(tl.int64) // num_components
         for first_time in range(0, num_times, BLOCK_T):
             x, inside, mask_t = _abscissae(
                 times_ptr, row, mask_r, num_components, first_time, num_times, begin,
@@ -196,7 +196,7 @@ def _attention_attempt_kernel(
         tl.debug_barrier()  # the tiles are about to be overwritten
     if (status == RUNNING_) & (attempt < max_attempts):
         at = row[:, None] * num_modes * num_channels + c[None, :]
-        span = as_int64(num_entries)
+        span = num_entries.to(tl.int64)
         _fill_stages(
             starts_ptr + accepted * span + at, v_ptr, v_ptr + (degree + 1) * num_modes * TILE,
             stages_ptr, degree, time, size, key_ptr, query_bias_ptr, weight_ptr, bias_ptr, c,

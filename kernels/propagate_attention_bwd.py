@@ -27,7 +27,7 @@ from gfnode_fast.kernels.attention_dynamics import (
     _fill_stages,
     _stage_time,
 )
-from gfnode_fast.kernels.integers import as_int64
+from gfnode_fast.kernels.integers import BATCH_SIZES
 from gfnode_fast.kernels.joint_values import _abscissae, _of_end, _share, _share_slope
 from gfnode_fast.kernels.mode_rhs import _attend, _load_matrix, _pull_attention, _query
 
@@ -102,7 +102,7 @@ def _pull_evaluation(
     return grad_s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _attention_bwd_kernel(
     grad_ptr,
     starts_ptr,
@@ -160,7 +160,7 @@ def _attention_bwd_kernel(
     grad_point_ptr = point_ptr + num_modes * TILE
     lam_ptr = grad_point_ptr + num_modes * TILE
     accepted = tl.load(record_ptr + 2).to(tl.int32)
-    span = as_int64(num_rows) * num_modes * num_channels
+    span = num_rows.to(tl.int64) * num_modes * num_channels
     grad_size = tl.zeros((BLOCK_R,), tl.float64)
     for first_row in range(program * BLOCK_R, num_rows, tl.num_programs(0) * BLOCK_R):
         row = first_row + r

@@ -29,6 +29,7 @@ on hardware.
 import triton
 import triton.language as tl
 
+from gfnode_fast.kernels.integers import BATCH_SIZES
 from gfnode_fast.kernels.linear_dynamics import (
     _load_slope,
     _load_square,
@@ -77,7 +78,7 @@ def _num_steps(last, MAX_STEPS: tl.constexpr):
     return tl.ceil(tl.max(tl.where(last <= MAX_STEPS, last, 0.0), axis=0)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _propagate_exact_fwd_kernel(
     y0_ptr,
     weight_ptr,
@@ -197,7 +198,7 @@ def _pull_values(
         tl.debug_barrier()  # other threads may add to what these have stored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _propagate_exact_bwd_kernel(
     grad_ptr,
     y0_ptr,

@@ -17,7 +17,7 @@ the step's end. Addresses are 64-bit. Tuned on: none yet; not yet run on hardwar
 import triton
 import triton.language as tl
 
-from gfnode_fast.kernels.integers import as_int64
+from gfnode_fast.kernels.integers import BATCH_SIZES
 from gfnode_fast.kernels.joint_control import (
     RUNNING_,
     _decide,
@@ -29,7 +29,7 @@ from gfnode_fast.kernels.joint_values import _of_end, _of_error
 from gfnode_fast.kernels.linear_dynamics import _load_slope, _load_square, _next_power
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _joint_init_kernel(
     y0_ptr,
     weight_ptr,
@@ -79,7 +79,7 @@ def _joint_init_kernel(
     _mark_bad_rows(bad_ptr, row, mask_r, y)
 
 
-@triton.jit(do_not_specialize=["attempt"])
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _joint_attempt_kernel(
     weight_ptr,
     slope_ptr,
@@ -119,7 +119,7 @@ def _joint_attempt_kernel(
         mask_r = row < num_rows
         mask = mask_r[:, None] & (c < num_channels)[None, :]
         at = (row[:, None] * num_modes + mode) * num_channels + c[None, :]
-        span = as_int64(num_entries)
+        span = num_entries.to(tl.int64)
         start = tl.load(starts_ptr + accepted * span + at, mask=mask, other=0.0)
         weight = weight_ptr + mode * stride_wm
         weight = _load_square(weight, c, stride_wi, c, stride_wo, num_channels)

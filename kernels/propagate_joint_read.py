@@ -18,7 +18,7 @@ are 64-bit. Tuned on: none yet; not yet run on hardware.
 import triton
 import triton.language as tl
 
-from gfnode_fast.kernels.integers import as_int64
+from gfnode_fast.kernels.integers import BATCH_SIZES
 from gfnode_fast.kernels.joint_values import _abscissae, _of_end, _share, _share_slope
 from gfnode_fast.kernels.linear_dynamics import (
     _load_slope,
@@ -29,7 +29,7 @@ from gfnode_fast.kernels.linear_dynamics import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _joint_read_fwd_kernel(
     starts_ptr,
     weight_ptr,
@@ -67,7 +67,7 @@ def _joint_read_fwd_kernel(
     weight = _load_square(weight, c, stride_wi, c, stride_wo, num_channels)
     slope = _load_slope(slope_ptr, mode, c, num_channels, HAS_SLOPE, ACC)
     at = (row[:, None] * num_modes + mode) * num_channels + c[None, :]
-    span = as_int64(num_rows) * num_modes * num_channels
+    span = num_rows.to(tl.int64) * num_modes * num_channels
     acc = tl.zeros((BLOCK_T, BLOCK_R, BLOCK_C), ACC)
     reached = tl.zeros((BLOCK_T, BLOCK_R), tl.int1)
     for step in range(0, tl.load(record_ptr + 2).to(tl.int32)):
@@ -93,7 +93,7 @@ def _joint_read_fwd_kernel(
     tl.store(out_ptr + to[:, :, None] + c[None, None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _joint_read_bwd_kernel(
     grad_ptr,
     starts_ptr,
@@ -144,7 +144,7 @@ def _joint_read_bwd_kernel(
     v_ptr = workspace_ptr + slot * 2 * (degree + 1) * TILE + r[:, None] * BLOCK_C + c[None, :]
     pulled_ptr = v_ptr + (degree + 1) * TILE
     accepted = tl.load(record_ptr + 2).to(tl.int32)
-    span = as_int64(num_rows) * num_modes * num_channels
+    span = num_rows.to(tl.int64) * num_modes * num_channels
     grad_weight = tl.zeros((BLOCK_C, BLOCK_C), ACC)
     grad_size = tl.zeros((BLOCK_R,), tl.float64)
     for first_row in range(program * BLOCK_R, num_rows, tl.num_programs(0) * BLOCK_R):

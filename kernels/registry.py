@@ -20,6 +20,8 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
+from gfnode_fast.kernels.integers import BATCH_SIZES
+
 
 @dataclass(frozen=True)
 class AotCase:
@@ -55,8 +57,8 @@ class AotCase:
         """Compare the case with the kernel's parameters.
 
         Raises:
-            ValueError: a parameter without a type or value, with both, or a name that is no
-                parameter.
+            ValueError: a parameter without a type or value, with both, a name that is no
+                parameter, or a value of one that is not specialised on (`integers.BATCH_SIZES`).
         """
         parameters = set(inspect.signature(unwrap(self.kernel)).parameters)
         given = [*self.signature, *self.constexprs]
@@ -65,6 +67,9 @@ class AotCase:
             "with both a type and a value": sorted(set(self.signature) & set(self.constexprs)),
             "that the kernel does not have": sorted(
                 (set(given) | set(self.divisible_by_16)) - parameters
+            ),
+            "that Triton is told nothing of": sorted(
+                {*self.constexprs, *self.divisible_by_16} & set(BATCH_SIZES)
             ),
         }
         for what, names in problems.items():
@@ -77,7 +82,7 @@ class AotCase:
 
 def of_ones(cases: list[AotCase], *sizes: str) -> list[AotCase]:
     """The cases with these integers 1 where they have them, which Triton makes constants: one
-    molecule, one component, one time.
+    component, one time.
     """
     found = []
     for case in cases:

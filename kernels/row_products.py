@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from gfnode_fast.kernels.feature_tiles import dot, load_columns, product_tile, store_tile
+from gfnode_fast.kernels.integers import BATCH_SIZES
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _row_linear_kernel(
     a_ptr,
     w_ptr,
@@ -47,7 +48,7 @@ def _row_linear_kernel(
     store_tile(out_ptr, (row * NUM_BLOCKS + block) * num_n, n, mask, num_n, out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _row_outer_kernel(
     g_ptr,
     a_ptr,

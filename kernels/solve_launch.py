@@ -24,15 +24,13 @@ def tile(channels: int, dtype: torch.dtype, has_slope: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def solve_cases(
-    cases: Callable[[int, str, bool], list[AotCase]], has_slope: bool, *sizes: str
-) -> list[AotCase]:
-    """Cases of (channels, dtype, with a slope): feature width 64, with and without a slope;
-    coordinates (C = 2), `has_slope` or not, also with the `sizes` all 1; fp64.
+def solve_cases(cases: Callable[[int, str, bool], list[AotCase]], has_slope: bool) -> list[AotCase]:
+    """Cases of (channels, dtype, with a slope): features of width 64, with and without a slope;
+    coordinates (C = 2), `has_slope` or not, also with one mode, component and time; fp64.
     """
     narrow = cases(2, "fp32", has_slope)
     wide = [*cases(64, "fp32", False), *cases(64, "fp32", True), *cases(64, "fp64", True)]
-    return [*wide, *narrow, *of_ones(narrow, *sizes)]
+    return [*wide, *narrow, *of_ones(narrow, "num_modes", "num_components", "num_times")]
 
 
 def solve_case(
@@ -65,7 +63,9 @@ def solve_case(
         spills = "for checking only: no fp64 tensor products on sm_100"
     elif channels < 64:
         spills = None
-    named = integers.split()
+    # features have one component, which Triton makes a constant; coordinates have three
+    ones = {"num_components": 1} if channels == 64 and "num_components" in integers else {}
+    named = [name for name in integers.split() if name not in ones]
     return AotCase(
         kernel=kernel,
         name=f"{name} {dtype} C={channels}" + (" affine" if has_slope else ""),
@@ -73,6 +73,7 @@ def solve_case(
         | dict.fromkeys(named, "i32"),
         constexprs=tile(channels, getattr(torch, f"float{dtype[2:]}"), has_slope)
         | constexprs
+        | ones
         | ({f"{absent}_ptr": None} if absent else {}),
         num_warps=NUM_WARPS,
         divisible_by_16=tuple(i for i in named if i.startswith(aligned) and channels % 16 == 0),

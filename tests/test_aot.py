@@ -126,7 +126,7 @@ def test_the_check_sees_spills_and_forgotten_kernels(tmp_path: Path) -> None:
     assert found["missing"] == ["probe_kernels.scale._forgotten_kernel"]
 
 
-def _kernel(x_ptr, n, BLOCK):
+def _kernel(x_ptr, num_rows, BLOCK):
     """Stands for a kernel: only its parameters matter here."""
 
 
@@ -134,8 +134,9 @@ def _kernel(x_ptr, n, BLOCK):
     ("signature", "constexprs", "message"),
     [
         ({"x_ptr": "*fp32"}, {"BLOCK": 16}, "without a type or value"),
-        ({"x_ptr": "*fp32", "n": "i32"}, {"n": 1, "BLOCK": 16}, "with both a type and a value"),
-        ({"x_ptr": "*fp32", "n": "i32", "m": "i32"}, {"BLOCK": 16}, "does not have"),
+        ({"x_ptr": "*fp32", "num_rows": "i32"}, {"x_ptr": 1, "BLOCK": 16}, "with both a type and"),
+        ({"x_ptr": "*fp32", "num_rows": "i32", "m": "i32"}, {"BLOCK": 16}, "does not have"),
+        ({"x_ptr": "*fp32"}, {"num_rows": 1, "BLOCK": 16}, "is told nothing of"),
     ],
 )
 def test_a_case_must_fit_its_kernel(signature: dict, constexprs: dict, message: str) -> None:
