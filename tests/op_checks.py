@@ -80,7 +80,8 @@ def compiled_equals_eager(
 
 def strided(x: Tensor) -> Tensor:
     """The same values with every dimension strided: a slice of a permuted buffer."""
-    buffer = x.new_full([2 * n + 1 for n in reversed(x.shape)], float("nan"))
+    elsewhere = float("nan") if x.is_floating_point() else -1
+    buffer = x.new_full([2 * n + 1 for n in reversed(x.shape)], elsewhere)
     view = buffer[tuple(slice(1, 2 * n + 1, 2) for n in reversed(x.shape))]
     view = view.permute(*reversed(range(x.dim())))
     view.copy_(x)

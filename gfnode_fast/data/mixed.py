@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.data.dataset import WindowDataset, check_index
-from gfnode_fast.ops.dispatch import to_device
 from gfnode_fast.ops.topology import Topology
+from gfnode_fast.solvers.transfers import to_device
 
 
 class MixedBatch(NamedTuple):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gfnode_fast.nn.backends import COORDINATES, FEATURES
 from gfnode_fast.nn.fourier_md import FourierMD
-from gfnode_fast.ops.dispatch import to_device
 from gfnode_fast.ops.graph_fourier_torch import side_by_side
 from gfnode_fast.ops.propagate import propagate
 from gfnode_fast.ops.topology import Topology
@@ -25,6 +24,7 @@ from gfnode_fast.reference.checks import (
 )
 from gfnode_fast.reference.propagator import Propagator
 from gfnode_fast.reference.time_embedding import frame_embedding
+from gfnode_fast.solvers.transfers import to_device
 
 SIGNATURE = inspect.signature(FourierMD)
 SIGNATURE = SIGNATURE.replace(
@@ -47,8 +47,10 @@ class GFNODE(FourierMD):
         ValueError: num_atoms is given; another basis; backend="reference".
 
     Notes:
-        Deterministic; time and memory linear in atoms, edges and output times. A molecule with
-        fewer atoms than modes has zeros for the modes it lacks. Not for torch.compile.
+        Deterministic on the CPU. On a GPU PyTorch's sums over neighbours are not; with
+        backend="triton" all is but the gradient of x. Time and memory linear in atoms, edges and
+        output times. A molecule with fewer atoms than modes has zeros for the modes it lacks. Not
+        for torch.compile.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -100,10 +100,3 @@ def require_triton(op: str, tensor: Tensor) -> None:
             f"{op}: `backend` must be 'torch' or 'auto' here, got 'triton'; {problem}; move the "
             "tensors to a GPU, or set TRITON_INTERPRET=1 before Triton is imported"
         )
-
-
-def to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """A tensor on the device; from the host through pinned memory, so that nothing waits."""
-    if numbers.device.type == "cpu" and device.type == "cuda":
-        return numbers.pin_memory().to(device, non_blocking=True)
-    return numbers.to(device)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.ops import graph_fourier_torch as on_torch
-from gfnode_fast.ops.dispatch import require_triton, to_device
+from gfnode_fast.ops.dispatch import require_triton
+from gfnode_fast.solvers.transfers import to_device
 
 LARGEST_TRITON_M = 128
 
@@ -55,7 +56,7 @@ def _uses_triton(op: str, backend: str, tensor: Tensor, num_modes: int) -> bool:
 
 
 def _on_device(ptr: Tensor | None, tensor: Tensor) -> Tensor | None:
-    return None if ptr is None else to_device(ptr, tensor.device)
+    return None if ptr is None else to_device(ptr, tensor.device).contiguous()
 
 
 @torch.library.custom_op(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from gfnode_fast.ops.dispatch import to_device
+from gfnode_fast.solvers.transfers import to_device
 
 
 def project(signal: Tensor, eigvecs: Tensor, num_modes: int) -> Tensor:

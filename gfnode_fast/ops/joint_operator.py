@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import zip_longest
 from typing import Any
 
@@ -201,7 +201,7 @@ def register_solve(
     return on_triton
 
 
-@lru_cache(maxsize=16)
+@cache  # CUDA graphs have their addresses
 @kept()
 def _tolerances(rtol: float, atol: float, device: torch.device) -> Tensor:
     return torch.tensor([rtol, atol], dtype=torch.float64).to(device)

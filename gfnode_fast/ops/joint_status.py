@@ -29,7 +29,9 @@ def check_max_attempts(op: str, max_attempts: object) -> None:
 
 def finished(device: torch.device) -> Tensor:
     """The record of a solve about which nothing more is known than that it arrived."""
-    return torch.tensor([0, 0, 0, DONE, 0, 0, 0, 0], dtype=torch.float64, device=device)
+    record = torch.zeros(8, dtype=torch.float64, device=device)
+    record[3].fill_(DONE)  # not assigned, which would copy a number from the host
+    return record
 
 
 def with_times_checked(record: Tensor, times: Tensor, last: Tensor) -> Tensor:

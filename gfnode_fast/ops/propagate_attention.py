@@ -10,7 +10,7 @@ waits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,7 +175,7 @@ def _states(rows: Tensor, like: Tensor) -> Tensor:
     return states
 
 
-@lru_cache(maxsize=16)
+@cache  # CUDA graphs have their addresses
 @kept()
 def _tables(solver: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of values (K+1, 8) and of stages (K, 16), as the kernels read them."""

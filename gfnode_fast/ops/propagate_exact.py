@@ -8,7 +8,7 @@ steps chosen on the device from the same table of remainder bounds, so that the 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from gfnode_fast.solvers.exact import (
     largest_thetas,
     solve_exact,
 )
+from gfnode_fast.solvers.tableau import kept
 
 NOT_FINITE, BAD_TIME = 1, 2
 
@@ -131,11 +132,12 @@ def check_status(status: Tensor) -> None:
     )
 
 
-@lru_cache(maxsize=8)
+@cache  # CUDA graphs have their addresses
+@kept()
 def _table(dtype: torch.dtype, affine: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Degrees K, and the largest ‖hW‖ that each serves."""
     degrees, thetas = zip(*largest_thetas(dtype, affine), strict=True)
-    table = torch.tensor([degrees, thetas], dtype=torch.float64, device=device)
+    table = torch.tensor([degrees, thetas], dtype=torch.float64).to(device)
     return table[0], table[1]
 
 

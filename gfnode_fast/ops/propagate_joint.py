@@ -6,7 +6,7 @@ launch that reads every molecule's own times; the host never waits.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -113,7 +113,7 @@ def polynomial_table(tableau: Tableau) -> Tensor:
     return torch.stack((start, *dense, end, error, torch.zeros_like(start)), dim=1)
 
 
-@lru_cache(maxsize=16)
+@cache  # CUDA graphs have their addresses
 @kept()
 def _table(solver: str, device: torch.device) -> Tensor:
     return polynomial_table(ADAPTIVE[solver]).contiguous().to(device)

@@ -15,7 +15,7 @@ BLOCK_NODES = 16  # the rows of one tile of the kernels: molecules that begin in
 
 
 class Neighbours(NamedTuple):
-    """The edges of a `Topology` as kernels on a GPU walk them."""
+    """The edges of a `Topology` as kernels on a GPU walk them, dense in memory."""
 
     row_start: Tensor
     row: Tensor
@@ -77,9 +77,9 @@ def _build_neighbours(edges: Topology) -> Neighbours:
     nodes = torch.arange(edges.num_nodes + 1, device=edges.row.device)
     source, edge = torch.sort(edges.col, stable=True)
     return Neighbours(
-        edges.row_start,
-        edges.row,
-        edges.col,
+        edges.row_start.contiguous(),
+        edges.row.contiguous(),
+        edges.col.contiguous(),
         torch.searchsorted(source, nodes),
         edge,
         _block_start(edges, nodes),

@@ -112,6 +112,6 @@ def solve_compiled_exact(
         steps = max(1, math.ceil(times.max().item() * substeps))
         stats.evaluations += degree * steps
         stats.accepted += steps
-    count = torch.tensor(substeps, dtype=torch.float64, device=y0.device)
+    count = torch.full((), substeps, dtype=torch.float64, device=y0.device)
     dynamics = (rhs.weight,) if slope is None else (rhs.weight, slope)
     return solve_in_graphs(_CompiledExact, graphs, count, times, y0, dynamics)

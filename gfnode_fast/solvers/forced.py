@@ -21,6 +21,7 @@ from torch import Tensor
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.solvers.rhs import LinearRHS
 from gfnode_fast.solvers.tableau import kept
+from gfnode_fast.solvers.transfers import to_device
 
 NODES = 8
 MAX_PANELS = 2**14
@@ -155,7 +156,7 @@ def forced_response(rhs: LinearRHS, times: Tensor, rtol: float, atol: float) -> 
 
     flat_times = times.flatten()
     unit_of = (flat_times.ceil().long() - 1).clamp_(min=0)
-    count = torch.tensor(counts, device=device)
+    count = to_device(torch.tensor(counts), device)
     offset = (count.cumsum(0) - count)[unit_of]
     x = (flat_times - unit_of) * count[unit_of]
     panel = torch.minimum(x.floor().long(), count[unit_of] - 1)

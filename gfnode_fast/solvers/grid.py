@@ -177,7 +177,7 @@ def _pull_reading(grad_buffer: Tensor, grad_values: Tensor, readings: Readings, 
 
 def _scalar(time: float, y: Tensor) -> Tensor:
     real = y.real.dtype if y.is_complex() else y.dtype
-    return torch.tensor(time, dtype=torch.float64, device=y.device).to(real)
+    return torch.full((), time, dtype=torch.float64, device=y.device).to(real)
 
 
 def _step(

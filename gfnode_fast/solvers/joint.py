@@ -30,7 +30,7 @@ from gfnode_fast.solvers.published import integrate_published
 from gfnode_fast.solvers.rhs import LinearRHS, RightHandSide
 from gfnode_fast.solvers.stage import fill_stages, flat, inner, spread
 from gfnode_fast.solvers.stats import SolveStats
-from gfnode_fast.solvers.tableau import Tableau
+from gfnode_fast.solvers.tableau import Tableau, dense_tensor
 
 
 @dataclass
@@ -62,7 +62,7 @@ def _dense_weights(
     inside = (times > step.time) & (times <= end)
     x = ((times - step.time) / (end - step.time)).where(inside, times.new_zeros(()))
     powers = torch.stack((x, x**2, x**3, x**4), dim=-1)
-    stages = powers @ tableau.dense.to(times.device) * step.size
+    stages = powers @ dense_tensor(tableau, times.device) * step.size
     weights = torch.cat((inside.unsqueeze(-1).to(times.dtype), stages), dim=-1)
     return weights.to(dtype), x, inside
 
@@ -73,7 +73,7 @@ def _dense_weight_slopes(tableau: Tableau, x: Tensor, inside: Tensor, *, is_firs
     The first step starts at 0 and has size h: weight h b(s / h). Later ones keep their size and
     start later with h: weight dt b((s - h - c) / dt).
     """
-    dense = tableau.dense.to(x.device)
+    dense = dense_tensor(tableau, x.device)
     powers = torch.stack((x, x**2, x**3, x**4), dim=-1)
     slopes = torch.stack((torch.ones_like(x), 2 * x, 3 * x**2, 4 * x**3), dim=-1)
     value = (powers - x.unsqueeze(-1) * slopes) @ dense if is_first else -slopes @ dense
@@ -210,7 +210,7 @@ def _adjoint(
         tape.flush()
         grad_y, grad_k = grad_buffer[0].clone(), grad_buffer[1].clone()
     grads, grad_times = tape.finish()
-    grad_h += sum(grad_times.get(n, 0.0) * slope for n, slope in time_slopes.items())
+    grad_h += sum(grad_times[n] * slope for n, slope in time_slopes.items() if n in grad_times)
     return _adjoint_of_start(
         rhs, parameters, tableau, tolerances, first, grad_y, grad_k, grad_h, list(grads)
     )

@@ -30,6 +30,7 @@ from gfnode_fast.solvers.rhs import LinearRHS, RightHandSide
 from gfnode_fast.solvers.stage import flat
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import Tableau
+from gfnode_fast.solvers.transfers import to_device
 
 Array = npt.NDArray[np.float64]
 RESCALE_FROM = 16.0  # growth of the state by one product from which W is scaled down
@@ -123,7 +124,7 @@ class _Record:
         """Rows of coefficients for steps of this size, in the real precision of a tensor."""
         scaled = rows * (size / self.unit) ** np.arange(rows.shape[-1])
         real = like.real.dtype if like.is_complex() else like.dtype
-        return torch.from_numpy(scaled).to(device=like.device, dtype=real)
+        return to_device(torch.from_numpy(scaled).to(real), like.device)
 
 
 def _mean_square(y: Tensor, dim: list[int]) -> Tensor:

@@ -26,7 +26,7 @@ from gfnode_fast.solvers.errors import SolverError, check_times
 from gfnode_fast.solvers.rhs import RightHandSide
 from gfnode_fast.solvers.stage import flat
 from gfnode_fast.solvers.stats import SolveStats
-from gfnode_fast.solvers.tableau import Row, Tableau, row_tensor
+from gfnode_fast.solvers.tableau import Row, Tableau, dense_tensor, row_tensor
 
 UNUSED_STEP = 1e-12
 
@@ -106,7 +106,7 @@ def _read(
     """Values (B, T, X) at the times inside an attempt, 0 at all others."""
     x = ((times - time.unsqueeze(1)) / step.unsqueeze(1)).masked_fill(~inside, 0.0)
     powers = torch.stack((x, x**2, x**3, x**4), dim=-1)
-    dense = (powers @ method.tableau.dense.to(x.device)) * step.view(-1, 1, 1)
+    dense = (powers @ dense_tensor(method.tableau, x.device)) * step.view(-1, 1, 1)
     weights = torch.cat((inside.unsqueeze(-1).to(x.dtype), dense), dim=-1)
     weights = weights * inside.unsqueeze(-1)
     buffer = flat(torch.stack((y, *stages)))
@@ -150,6 +150,7 @@ def _integrate(
     step = first_step(method, evaluate, y, k)
     values = flat(y.unsqueeze(0)).new_zeros(*times.shape, flat(y.unsqueeze(0)).numel() // len(last))
     records = []
+    counted = torch.zeros(2, dtype=torch.int64, device=time.device)  # accepted, tried
     active = time < last
     while active.any():
         # A molecule that has arrived goes on with the size of its last step, unread.
@@ -168,11 +169,13 @@ def _integrate(
         values += _read(method, y, stages, time, step, times, record.inside(times))
         rows = accepted.repeat_interleave(components).view(-1, 1, 1)
         y, k = torch.where(rows, y1, y), torch.where(rows, stages[-1], k)
-        stats.accepted += int(accepted.sum())
-        stats.rejected += int((active & ~accepted).sum())
+        counted += torch.stack((accepted.sum(), active.sum()))
         time = torch.where(accepted, time + step, time)
         active = time < last
         step = torch.where(active, step * growth_after(ratio, method.tableau.order), step)
+    taken, tried = counted.tolist()
+    stats.accepted += taken
+    stats.rejected += tried - taken
     return values, records
 
 

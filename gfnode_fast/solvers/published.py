@@ -55,13 +55,13 @@ def integrate_published(
         return function(s, y)
 
     def scalar(value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=y0.device).to(y0.dtype)
+        return torch.full((), value, dtype=torch.float64, device=y0.device).to(y0.dtype)
 
     check_state(tableau.name, y0.transpose(0, 1), 0.0, 0.0, components)
     f0 = evaluate(scalar(0.0), y0)
     step = initial_step(evaluate, y0, f0, tableau, rtol, atol).item()
     time, attempts, rejected, first_accepted = 0.0, 0, 0, False
-    rtol_, atol_ = (torch.tensor(t, dtype=torch.float64, device=y0.device) for t in (rtol, atol))
+    rtol_, atol_ = (torch.full((), t, dtype=torch.float64, device=y0.device) for t in (rtol, atol))
     while time < last:
         check_step(tableau.name, time, step)
         dt = scalar(step)

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gfnode_fast.solvers.transfers import to_device
+
 Forcing = Callable[..., Tensor]
 """(s (n,), *parameters) → (n, M, C): what the time embedding adds to dy/ds at n times."""
 
@@ -28,8 +30,10 @@ class Tape(Protocol):
     def flush(self) -> None:
         """Drop stored evaluations; all of them have been pulled back or never will be."""
 
-    def finish(self) -> tuple[Sequence[Tensor | None], dict[int, float]]:
-        """Parameter gradients in order, and the derivative with respect to s of each evaluation."""
+    def finish(self) -> tuple[Sequence[Tensor | None], dict[int, Tensor]]:
+        """Parameter gradients in order, and the derivative with respect to s of each evaluation,
+        0-dim float64.
+        """
 
 
 class RightHandSide(Protocol):
@@ -114,7 +118,7 @@ class _LinearTape:
 
     def _scalar(self, s: Sequence[float]) -> Tensor:
         real = self.weight.real.dtype if self.weight.is_complex() else self.weight.dtype
-        return torch.tensor(s, dtype=torch.float64, device=self.weight.device).to(real)
+        return to_device(torch.tensor(s, dtype=torch.float64), self.weight.device).to(real)
 
     def evaluate(self, s: float, y: Tensor) -> tuple[Tensor, int]:
         number = len(self.times)
@@ -139,7 +143,7 @@ class _LinearTape:
         self.pulled.clear()
         self.states.clear()
 
-    def finish(self) -> tuple[Sequence[Tensor | None], dict[int, float]]:
+    def finish(self) -> tuple[Sequence[Tensor | None], dict[int, Tensor]]:
         self.flush()
         if self.forcing is None or not self.forced:
             return [self.grad_weight, *(None for _ in self.forcing_parameters)], {}
@@ -152,9 +156,9 @@ class _LinearTape:
         grads = torch.autograd.grad(
             value, wanted, torch.stack([self.forced[n] for n in numbers]), allow_unused=True
         )
-        grad_s: dict[int, float] = {}
+        grad_s: dict[int, Tensor] = {}
         if self.wants_time and grads[-1] is not None:
-            grad_s = dict(zip(numbers, grads[-1].tolist(), strict=True))
+            grad_s = dict(zip(numbers, grads[-1].double().unbind(), strict=True))
         return [self.grad_weight, *grads[: len(parameters)]], grad_s
 
 
@@ -191,12 +195,12 @@ class _AutogradTape:
         self.grads: list[Tensor | None] = [None] * len(self.parameters)
         self.count = 0
         self.stored: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.grad_s: dict[int, float] = {}
+        self.grad_s: dict[int, Tensor] = {}
 
     def evaluate(self, s: float, y: Tensor) -> tuple[Tensor, int]:
         number, self.count = self.count, self.count + 1
         real = y.real.dtype if y.is_complex() else y.dtype
-        leaf_s = torch.tensor(s, dtype=torch.float64, device=y.device).to(real)
+        leaf_s = torch.full((), s, dtype=torch.float64, device=y.device).to(real)
         leaf_s.requires_grad_(self.wants_time)
         leaf_y = y.detach().requires_grad_()
         with torch.enable_grad():
@@ -213,13 +217,13 @@ class _AutogradTape:
                 mine = self.grads[i]
                 self.grads[i] = g if mine is None else mine + g
         if self.wants_time and grads[-1] is not None:
-            self.grad_s[number] = grads[-1].item()
+            self.grad_s[number] = grads[-1].double()
         grad_y: Tensor = grads[0]
         return grad_y
 
     def flush(self) -> None:
         self.stored.clear()
 
-    def finish(self) -> tuple[Sequence[Tensor | None], dict[int, float]]:
+    def finish(self) -> tuple[Sequence[Tensor | None], dict[int, Tensor]]:
         self.flush()
         return self.grads, self.grad_s

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gfnode_fast.solvers.tableau import Row, Tableau
+from gfnode_fast.solvers.transfers import to_device
 
 
 def flat(buffer: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def flat(buffer: Tensor) -> Tensor:
 
 def _weights(buffer: Tensor, constant: float, row: Row, step: float) -> Tensor:
     weights = [constant, *(step * c for c in row)]
-    return torch.tensor(weights, dtype=buffer.dtype, device=buffer.device)
+    return to_device(torch.tensor(weights, dtype=buffer.dtype), buffer.device)
 
 
 def combine(buffer: Tensor, constant: float, row: Row, step: float) -> Tensor:

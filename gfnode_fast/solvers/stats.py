@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gfnode_fast.solvers.device_report import DeviceReport
+from gfnode_fast.solvers.transfers import DeviceReport
 
 Outcome = Callable[[list[float]], tuple[int, int, int]]
 """A report's numbers → evaluations, accepted and rejected steps; raises what went wrong."""

@@ -78,6 +78,13 @@ class Tableau:
         )
 
 
+@lru_cache(maxsize=64)
+@kept()
+def dense_tensor(tableau: Tableau, device: torch.device) -> Tensor:
+    """`Tableau.dense` on a device, moved there once."""
+    return tableau.dense.to(device)
+
+
 @lru_cache(maxsize=256)
 @kept()
 def row_tensor(row: Row, dtype: torch.dtype, device: torch.device) -> Tensor:

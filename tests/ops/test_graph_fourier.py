@@ -301,6 +301,15 @@ def test_a_molecule_does_not_depend_on_its_batch_mates() -> None:
     assert torch.equal(together[2:], alone)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_may_have_any_stride(backend: str) -> None:
+    eigvecs, ptr = batch_of((3, 2), True, torch.float64)
+    signal, options = rows((3, 2), True, 4), {"backend": backend}
+    assert ptr is not None
+    modes = graph_fourier(signal, eigvecs, 2, ptr=ptr, **options)
+    assert torch.equal(graph_fourier(signal, eigvecs, 2, ptr=strided(ptr), **options), modes)
+
+
 def test_symmetry_under_permutation_of_atoms() -> None:
     signal, eigvecs = randn(1, 5, 3), eigenvectors(5, 0).unsqueeze(0)
     order = torch.tensor([3, 1, 4, 0, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,8 +19,18 @@ from graph_layer_cases import (
     ours,
     ragged,
 )
+from op_checks import strided
 
 pytest.importorskip("triton", reason="triton is not installed on this platform")
+
+
+def test_kernels_get_dense_neighbours() -> None:
+    built = topology(*ragged()[1], 20)
+    sparse = replace(built, **{n: strided(getattr(built, n)) for n in ("row", "col", "row_start")})
+    assert not sparse.row.is_contiguous()
+    for mine, dense in zip(sparse.neighbours, built.neighbours, strict=True):
+        assert mine.is_contiguous()
+        assert torch.equal(mine, dense)
 
 
 def test_blocks_hold_whole_molecules() -> None:
