@@ -124,6 +124,19 @@ def test_accelerated_models_and_inputs_that_are_none() -> None:
     assert torch.isfinite(step(given, target).loss)
 
 
+def test_edges_must_be_tensors() -> None:
+    model, (given, target) = build(), batches(1)[0]
+    given["edge_index"] = gfnode_fast.ops.topology(*given["edge_index"], 10)
+    with pytest.raises(TypeError, match="`edge_index` must be a tensor.* got Topology; pass edges"):
+        capture_training_step(
+            model,
+            torch.optim.Adam(model.parameters()),
+            loss_fn=loss_fn,
+            inputs=given,
+            targets=(target,),
+        )
+
+
 def test_inputs_must_be_like_the_example() -> None:
     model = build()
     step = capture(model, torch.optim.Adam(model.parameters()))

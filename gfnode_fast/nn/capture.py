@@ -49,10 +49,10 @@ class TrainingStep:
         self._optimizer = optimizer
         self._loss_fn = loss_fn
         self._update = update
-        self._inputs = {name: _copy(value) for name, value in inputs.items()}
-        self._targets = tuple(target.detach().clone() for target in targets)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._device = next(model.parameters()).device
+        self._device = device = next(model.parameters()).device
+        self._inputs = {name: _copy(name, value, device) for name, value in inputs.items()}
+        self._targets = tuple(target.detach().to(device, copy=True) for target in targets)
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):
                 self._capture(warmup)
@@ -151,8 +151,8 @@ def capture_training_step(
         optimizer: of its parameters. On a GPU `torch.optim.Adam` or `AdamW` with
             `capturable=True`, best with `fused=True`.
         loss_fn: (outputs, *targets) → 0-dim loss, outputs being (x, v, h, kld).
-        inputs: an example of the model's keyword arguments; its shapes and dtypes are those of
-            every later step.
+        inputs: an example of the model's keyword arguments, edges as a pair of tensors; its shapes
+            and dtypes are those of every later step. It may be on the host, as offsets are.
         targets: an example of what `loss_fn` takes besides the outputs.
         update: what follows backward in place of `optimizer.step()`: takes the loss, detached, and
             calls the optimizer itself, for instance after clipping. On a GPU a replay repeats its
@@ -270,10 +270,15 @@ def _tensors(value: Value) -> tuple[Tensor, ...]:
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
-def _copy(value: Value) -> Value:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return None if value is None else tuple(part.detach().clone() for part in value)
+def _copy(name: str, value: Value, device: torch.device) -> Value:
+    """On the device, wherever the caller's is: a graph has no address of the host's memory."""
+    if value is not None and not isinstance(value, Tensor | tuple | list):
+        raise TypeError(
+            f"{OP}: `{name}` must be a tensor, a pair of them or None, got {type(value).__name__}; "
+            "pass edges as row and col"
+        )
+    copies = tuple(part.detach().to(device, copy=True) for part in _tensors(value))
+    return copies[0] if isinstance(value, Tensor) else None if value is None else copies
 
 
 def _write(static: Value, value: Value) -> None:

@@ -109,7 +109,10 @@ def train(
         )
     checkpoint = _read_resumable(config) if resume else None
     device = resolve_device(local_device(config.device))
+    # What names no device, such as pinned memory and the start of NCCL, is then not on GPU 0.
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with (
+        current,
         forked_random_state(device),
         interruptions() as interrupted,
         joined_ranks(device) as ranks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from gfnode_fast.training import config_to_dict, read_metrics, train
+from gfnode_fast.training import config_to_dict, loop, read_metrics, train
 from gfnode_fast.training.checkpoint import read_checkpoint
 from gfnode_fast.training.ranks import Ranks, local_device
 from small_run import mixed_config, mixed_files, small_config
@@ -123,3 +124,29 @@ def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert local_device("auto") == "cuda:1"
     assert local_device("cpu") == "cpu"
+
+
+def test_a_run_is_on_its_own_gpu(trajectory_file, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Also what names no device."""
+    current: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(place: torch.device):
+        current.append(place)
+        yield
+        current.pop()
+
+    class Run:
+        metrics = None
+
+        def __init__(self, *_: object) -> None: ...
+
+        def run(self) -> list[torch.device]:
+            return current.copy()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(loop, "resolve_device", lambda _: torch.device("cuda:1"))
+    monkeypatch.setattr(loop, "forked_random_state", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(loop, "_Run", Run)
+    assert train(small_config(trajectory_file, tmp_path)) == [torch.device("cuda:1")]
+    assert current == []
