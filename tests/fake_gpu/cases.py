@@ -17,6 +17,7 @@ from fake_gpu import watch as fake
 from fake_gpu.watch import on_gpu, watch
 from foreign_model import ForeignMD
 from gfnode_fast import ops
+from gfnode_fast.ops import dispatch
 from gfnode_fast.ops.graph_layers_torch import EGNNWeights, MeanWeights, MLPWeights
 from gfnode_fast.ops.topology import topology
 from gfnode_fast.reference.propagator import ModeRHS
@@ -122,6 +123,17 @@ def case_triton_reads_and_waits_for_nothing() -> None:
         first = set() if changes.get("solver_mode") == "exact" else LEARNT
         steps(fourier_md(backend="triton", **changes), batch(), set(), first)
         assert not watch.atomics, f"sums without an order in {dict(watch.atomics)}"
+
+
+def case_auto_on_a_family_that_has_been_verified() -> None:
+    unverified, dispatch.verified_gpus = dispatch.verified_gpus, lambda: {"sm_90": "a result"}
+    try:
+        model = fourier_md(backend="auto")
+        steps(model, batch(), set(), LEARNT)
+        assert {part.backend for part in model.backend_report().parts.values()} == {"triton"}
+        steps(gfnode(backend="auto"), mixed([5, 7, 5]), set(), LEARNT)
+    finally:
+        dispatch.verified_gpus = unverified
 
 
 def case_solves_on_the_host_read_what_they_decide_by() -> None:
