@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,6 +28,7 @@ from benchmarks.registry import (
     FORMS,
     MORE_ATTEMPTS,
     SETS,
+    TWO_THREADS,
     Row,
     contenders,
     cpu_rows,
@@ -149,6 +151,25 @@ def test_timing_interleaves_and_pairs() -> None:
     assert order.count("b") == 1
     assert ratio(Timing([4.0, 9.0, 4.0]), Timing([2.0, 3.0])) == 2.5
     assert Timing([1.0, 2.0, 3.0]).summary()["median_s"] == 2.0
+
+
+def test_u0_runs_as_often_as_its_limit_allows() -> None:
+    step, propagation = Row("model", "step", 200), Row("propagation", "backward", 200)
+    samples = measuring._samples_of_u0
+    assert samples(replace(propagation, batch=50), CPU, Effort()) == {}
+    assert samples(propagation, CPU, Effort()) == {"U0": 3}
+    assert samples(propagation, CPU, replace(FAST, u0_limit_s=100.0)) == {"U0": 1}
+    assert samples(step, CPU, Effort()) == {"U0": 1}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a second thread needs a second core")
+def test_two_threads_are_set_back() -> None:
+    before = torch.get_num_threads()
+    row = Row("eigh", "forward", 20, molecule="random 5")
+    found, expected = (make_task(name, row, CPU).values() for name in (TWO_THREADS, "ours"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.get_num_threads() == before
+    assert TWO_THREADS in contenders(select(cpu_rows(), ["eigh * random 13 B=4096 fp32"])[0])
 
 
 def test_counting_and_weighing() -> None:
