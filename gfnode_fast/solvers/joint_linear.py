@@ -267,6 +267,8 @@ class _Adjoint:
         for step in reversed(steps):
             is_first = step is steps[0]
             if step is not steps[-1]:
+                if step is steps[-2]:  # what was saved stays as it is, for another backward
+                    buffer = torch.empty_like(buffer)
                 buffer[0] = step.y
                 powers.fill(buffer, self.weight, self.slope, step.time / record.unit)
             weights = step.readings @ record.table(method.dense, step.size, step.readings)

@@ -148,6 +148,23 @@ def test_second_derivatives_are_refused() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("time_mode", ["none", "concat"])
+def test_backward_twice(time_mode: str) -> None:
+    """Two losses of one forward, over several accepted steps."""
+    model = propagator(time_mode=time_mode, rtol=1e-8, atol=1e-10)
+    stats = SolveStats()
+    out = propagate(model, *signals(), stats=stats)
+    assert stats.accepted > 1
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    once, twice = (
+        torch.autograd.grad(out.square().sum(), parameters, retain_graph=True, allow_unused=True)
+        for _ in range(2)
+    )
+    assert any(gradient is not None for gradient in once)
+    for a, b in zip(once, twice, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
 def test_strides_and_determinism() -> None:
     model = propagator()
     signal, times, eigvecs = signals(components=3)
