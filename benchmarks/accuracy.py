@@ -1,6 +1,6 @@
 """Error of every precision and solver mode against the fp64 reference, beside its speed.
 
-    python benchmarks/accuracy.py [--batch B] [--model egnn] [--modes M] [--json OUT]
+    python benchmarks/accuracy.py [--batch B] [--model egnn] [--modes M] [--json OUT] [--untimed]
 
 Forward and gradient errors are relative in the 2-norm, over all outputs and over all parameters
 taken together, on the same inputs and weights, against U0 in fp64: with the published tolerances,
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,15 @@ MODES = (
     ("ours", "bf16"),
     ("ours per molecule", "fp32"),
     ("ours exact", "fp32"),
+    ("ours triton", "fp32"),
+    ("ours triton", "tf32"),
+    ("ours triton", "bf16"),
+    ("ours exact triton", "fp32"),
+    ("ours exact triton", "tf32"),
+    ("ours exact triton", "bf16"),
 )
 LINEAR = "no_interaction"  # of modes: what "ours exact" solves
-EXACT = {("ours exact", "fp32")}  # of MODES, against CONVERGED instead of U0
+EXACT = {mode for mode in MODES if "exact" in mode[0]}  # compared with CONVERGED, not with U0
 CHECK_BATCH = 10  # the oracle's batch: U0 in fp64
 
 
@@ -60,8 +67,17 @@ def overall_errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[
     return errors
 
 
-def accuracy(row: Row, device: torch.device, *, rounds: int = 10) -> dict[str, Any]:
-    """Errors at CHECK_BATCH molecules and times at the row's size, mode by mode."""
+def accuracy(
+    row: Row,
+    device: torch.device,
+    *,
+    rounds: int = 10,
+    seconds_each: float = 2.0,
+    without: Collection[str] = (),
+) -> dict[str, Any]:
+    """Errors at CHECK_BATCH molecules and, unless rounds is 0, times at the row's size, mode by
+    mode; `without` leaves contenders out.
+    """
     small = replace(row, batch=min(row.batch, CHECK_BATCH), phase="backward")
     oracles = ("U0", CONVERGED) if MODELS[row.model]["mode_interaction"] == LINEAR else ("U0",)
     true = {name: make_task(name, replace(small, precision="fp64"), device).values()
@@ -69,16 +85,16 @@ def accuracy(row: Row, device: torch.device, *, rounds: int = 10) -> dict[str, A
     found = []
     for contender, precision in MODES:
         oracle = CONVERGED if (contender, precision) in EXACT else "U0"
-        if oracle not in true:
+        if oracle not in true or contender in without:
             continue
         entry: dict[str, Any] = {"contender": contender, "precision": precision, "oracle": oracle}
         try:
             values = make_task(contender, replace(small, precision=precision), device).values()
             entry |= overall_errors(values, true[oracle])
-            if contender != "U0":
+            if rounds and contender != "U0":
                 task = make_task(contender, replace(row, precision=precision), device)
-                timings = interleaved({"run": task.run}, device, rounds=rounds, seconds_each=2.0)
-                entry |= timings["run"].summary()
+                much = {"rounds": rounds, "seconds_each": seconds_each}
+                entry |= interleaved({"run": task.run}, device, **much)["run"].summary()
         except Unavailable as error:
             entry["reason"] = str(error)
         except Exception as error:
@@ -100,12 +116,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=sorted(MODELS), default="egnn")
     parser.add_argument("--modes", type=int, default=2, metavar="M")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--untimed", action="store_true", help="errors alone")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     row = Row("model", "step", options.batch, options.modes, options.model)
     about = environment.describe(device, ["python", "benchmarks/accuracy.py", *sys.argv[1:]])
-    result = {"schema": SCHEMA, "about": about, **accuracy(row, device)}
+    found = accuracy(row, device, rounds=0 if options.untimed else 10)
+    result = {"schema": SCHEMA, "about": about, **found}
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(heading(about), accuracy_table(result), sep="\n\n")

@@ -15,8 +15,18 @@ from torch import Tensor
 from benchmarks import inputs
 from benchmarks.agreement import Checker
 from benchmarks.baselines.c1 import CompileLog, compiler
+from benchmarks.clock import OutOfTime
 from benchmarks.operations import make_task
-from benchmarks.registry import BASELINES, CAPTURED, EAGER_LOOP, Row, contenders
+from benchmarks.registry import (
+    BASELINES,
+    CAPTURED,
+    CAPTURED_EXACT,
+    CAPTURED_SOLVE,
+    EAGER_LOOP,
+    UNION_OPERATIONS,
+    Row,
+    contenders,
+)
 from benchmarks.task import Task, Unavailable
 from benchmarks.timing import Timing, count, count_operations, interleaved, peak_memory, ratio
 
@@ -24,7 +34,8 @@ from benchmarks.timing import Timing, count, count_operations, interleaved, peak
 # U0_SAMPLES times, if these are predicted to fit into the limit.
 SINGLE_FROM = {"cpu": 200, "cuda": 4096}
 U0_SAMPLES = 3
-COUNTED_UP_TO_S = 20.0  # an execution longer than this is not repeated for counting and weighing
+# An execution longer than this is not repeated for counting and weighing.
+COUNTED_UP_TO_S = {"cpu": 20.0, "cuda": 2.0}
 CHECKED_WITHOUT_MEMORY = 512  # the batch of the agreement check where U1 does not fit
 CUDA_GRAPH_RUNS = 3
 NO_SLOWER = 1.02  # C1 / U1 up to this is noise
@@ -48,7 +59,7 @@ def predict_u0_seconds(row: Row, device: torch.device) -> float:
 
     Calibrated on one CPU thread and, for GPUs, on counted operations and bytes.
     """
-    if row.op not in ("model", "propagation", "solve"):
+    if row.op not in UNION_OPERATIONS:
         return 0.0
     shared = {"model": 0.014, "propagation": 0.001, "solve": 0.0005}[row.op] * row.batch
     if row.times == "regular":
@@ -73,6 +84,8 @@ def predict_u0_seconds(row: Row, device: torch.device) -> float:
 def _failure(status: str, error: BaseException) -> dict[str, Any]:
     if isinstance(error, torch.OutOfMemoryError):
         return {"status": "out of memory", "reason": str(error).splitlines()[0][:300]}
+    if isinstance(error, OutOfTime):
+        return {"status": "skipped", "reason": str(error)}
     if isinstance(error, Unavailable):
         return {"status": status, "reason": str(error)}
     text = str(error).strip().splitlines()
@@ -84,7 +97,7 @@ def _failure(status: str, error: BaseException) -> dict[str, Any]:
 
 def _samples_of_u0(row: Row, device: torch.device, effort: Effort) -> dict[str, int]:
     """How often U0 runs, where that is not as often as the others."""
-    union = row.op in ("model", "propagation", "solve") and row.times == "irregular"
+    union = row.op in UNION_OPERATIONS and row.times == "irregular"
     took = predict_u0_seconds(row, device)
     large = row.batch >= SINGLE_FROM[device.type] or took > 15
     if not union or row.phase == "forward" or not large:
@@ -108,11 +121,10 @@ def measure(
     results: dict[str, dict[str, Any]] = {}
     tasks: dict[str, Task] = {}
     began = time.perf_counter()
-    has_u0 = "U0" in names
-    first = "U1" if has_u0 else names[0]
+    first = "U1" if "U0" in names else names[0]
     checked = row
     try:
-        if has_u0:
+        if first == "U1" and row.op in UNION_OPERATIONS:
             against_u0 = checker.check_u1(row)
         try:
             expected = checker.yardstick(row, first)
@@ -155,7 +167,7 @@ def measure(
     timings = _time(row, device, effort, tasks, results)
     for name, timing in timings.items():
         results[name] |= timing.summary()
-        if timing.summary()["median_s"] <= COUNTED_UP_TO_S:
+        if timing.summary()["median_s"] <= COUNTED_UP_TO_S[device.type]:
             _weigh(name, tasks[name], device, results[name])
     if {"U1", "C1"} <= set(timings) and 1 / ratio(timings["U1"], timings["C1"]) > NO_SLOWER:
         results["C1"] |= {"status": "invalid", "reason": "slower than U1: no valid baseline"}
@@ -168,7 +180,7 @@ def measure(
     found = {"row": row.as_dict(), "contenders": results, "ratios": ratios}
     found["work"] = _work(first, tasks, timings)
     found["seconds"] = round(time.perf_counter() - began, 1)
-    if row.op in ("model", "propagation", "solve"):
+    if row.op in UNION_OPERATIONS:
         found["union"] = inputs.union_size(inputs.make_batch(row, device))
     tasks.clear()
     gc.collect()
@@ -216,15 +228,19 @@ def _time(
     results: dict[str, dict[str, Any]],
 ) -> dict[str, Timing]:
     """Time what passed, interleaved; one that fails now is dropped and the rest timed again."""
+    few = _samples_of_u0(row, device, effort)
     while tasks:
         running = ""
-        exactly = {k: v for k, v in _samples_of_u0(row, device, effort).items() if k in tasks}
+        exactly = {name: samples for name, samples in few.items() if name in tasks}
 
         def guarded(name: str) -> Any:
             def run() -> None:
                 nonlocal running
                 running = name
-                tasks[name].run()
+                if name not in few or device.type != "cuda":
+                    tasks[name].run()
+                else:  # not run again to be weighed
+                    results[name]["peak_bytes"] = peak_memory(tasks[name].run, device)
 
             return run
 
@@ -245,7 +261,7 @@ def _time(
 
 
 def _weigh(name: str, task: Task, device: torch.device, result: dict[str, Any]) -> None:
-    if name == CAPTURED:
+    if name in (CAPTURED, CAPTURED_EXACT, CAPTURED_SOLVE):
         return  # a replay dispatches no operations, and its memory was taken when it was captured
     try:
         result["peak_bytes"] = peak_memory(task.run, device)

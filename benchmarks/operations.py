@@ -15,7 +15,15 @@ from torch import Tensor, nn
 import gfnode_fast
 from benchmarks import inputs, peers
 from benchmarks.baselines import c1, u1
-from benchmarks.registry import CAPTURED, FORMS, MORE_ATTEMPTS, WHOLE_COMPILED, Row
+from benchmarks.registry import (
+    CAPTURED,
+    CAPTURED_EXACT,
+    CAPTURED_SOLVE,
+    FORMS,
+    MORE_ATTEMPTS,
+    WHOLE_COMPILED,
+    Row,
+)
 from benchmarks.task import (
     Task,
     Unavailable,
@@ -45,6 +53,8 @@ OURS = {
     MORE_ATTEMPTS: {"backend": "triton"},
     "ours exact triton": {"backend": "triton", "solver_mode": "exact"},
     CAPTURED: {"backend": "triton"},
+    CAPTURED_EXACT: {"backend": "triton", "solver_mode": "exact"},
+    CAPTURED_SOLVE: {"backend": "triton"},
 }
 CONVERGED = "U0 converged"  # its steps so small that in fp64 only rounding is left
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-15
@@ -106,12 +116,15 @@ def make_task(contender: str, row: Row, device: torch.device) -> Task:
     if row.op == "solve" and contender == "torchode":
         return peers.torchode_task(row, batch, build_model("U1", row, device))
     model = build_model(contender, row, device)
-    if contender == CAPTURED:
+    if contender in (CAPTURED, CAPTURED_EXACT):
         return _captured_task(row, model, batch)
     if row.op == "model":
         return _model_task(contender, row, model, batch)
     call, leaves = _PIECES[row.op](contender, row, model, batch)
-    return function_task(row, call, leaves, dict(model.named_parameters()))
+    task = function_task(row, call, leaves, dict(model.named_parameters()))
+    if contender == CAPTURED_SOLVE:
+        return _replayed(task, leaves | dict(model.named_parameters()))
+    return task
 
 
 def _model_task(contender: str, row: Row, model: nn.Module, batch: Batch) -> Task:
@@ -178,6 +191,25 @@ def _captured_task(row: Row, model: nn.Module, batch: Batch) -> Task:
         return named_outputs(run()) | named_gradients(dict(model.named_parameters()))
 
     return Task(run, values)
+
+
+def _replayed(task: Task, leaves: dict[str, Tensor]) -> Task:
+    """The task's execution as one CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            task.run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = task.run()
+
+    def values() -> dict[str, Tensor]:
+        graph.replay()
+        return named_outputs(outputs) | named_gradients(leaves)
+
+    return Task(graph.replay, values)
 
 
 Piece = tuple[Callable[[], tuple[Tensor, ...]], dict[str, Tensor]]
@@ -268,6 +300,7 @@ def _solve(contender: str, row: Row, model: nn.Module, batch: Batch) -> Piece:
         "ours stages": peers.solve_stages,
         "ours triton": peers.solve_triton,
         MORE_ATTEMPTS: functools.partial(peers.solve_triton, max_attempts=64),
+        CAPTURED_SOLVE: peers.solve_triton,
     }
     if solve := solves.get(contender):
         return (lambda: (solve(ode, y0, s),)), {"y0": y0}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import inputs
-from benchmarks.registry import CACHED, TWO_THREADS, Row
+from benchmarks.registry import CACHED, CUDA_SOLVER, TWO_THREADS, Row
 from benchmarks.task import Task, Unavailable, function_task
 from gfnode_fast.data import Batch
 from gfnode_fast.ops.eigh import eigh_batched
@@ -140,8 +140,11 @@ def eigh_task(contender: str, row: Row, device: torch.device) -> Task:
         run = numpy_loop
     elif contender == TWO_THREADS:
         run = _on_two_threads(matrices)
+    elif contender == CUDA_SOLVER and device.type != "cuda":
+        raise Unavailable(f"the CUDA kernels need a CUDA device, this is {device}")
     else:
-        run = lambda: eigh_batched(matrices)  # noqa: E731
+        backend = "cpp" if contender == CUDA_SOLVER else "auto"
+        run = lambda: eigh_batched(matrices, backend=backend)  # noqa: E731
 
     return Task(run, lambda: _spectral_values(*run()))
 

@@ -32,6 +32,7 @@ OPERATIONS = (
     "spectrum",  # of B graphs, molecules of a few numberings, in the canonical basis
     "graph_layer",
 )
+UNION_OPERATIONS = ("model", "propagation", "solve")  # in which U0 walks all molecules' times
 PEPTIDE = "peptide "
 SPECTRA = ("eigh", "spectrum")  # rows of graphs, without a model
 PHASES = ("forward", "backward", "step")  # backward: forward + backward; step: those + Adam
@@ -39,7 +40,9 @@ TIMES = ("irregular", "regular")
 PRECISIONS = ("fp64", "fp32", "tf32", "bf16")
 BASELINES = ("U0", "U1", "C1")
 EAGER_LOOP = "ours eager loop"  # what "ours compiled" is compared with besides the baselines
-CAPTURED = "ours captured"  # "ours triton" with the whole step as one CUDA graph
+# CUDA graphs of the Triton contenders: of the whole step, or of a solve alone.
+CAPTURED, CAPTURED_EXACT, CAPTURED_SOLVE = "ours captured", "ours exact captured", "solve captured"
+CUDA_SOLVER = "ours cuda"  # "ours" takes it only on families with a committed result
 FORMS = {"ours triton whole": 1, "ours triton tiles": None}
 """The forms of the layers' forward kernels, and the size of a molecule that leads to each."""
 MORE_ATTEMPTS = "ours triton 64 attempts"  # launched, of which a solve here takes 2 to 4
@@ -102,19 +105,25 @@ class Row:
 
 
 def contenders(row: Row, device: str = "cpu") -> tuple[str, ...]:
-    """Who runs in a row on a kind of device, baselines first; Triton last, and on GPUs only."""
-    triton: tuple[str, ...] = ()
-    if device == "cuda" and row.op not in SPECTRA:
-        triton = ("ours triton",)
-        if row.model == "egnn" and row.op in ("model", "propagation"):
-            triton = ("ours triton", "ours exact triton")
-        if (row.op, row.phase) == ("model", "step"):
-            triton += (CAPTURED,)
-        if row.op == "solve":
-            triton = ("ours triton", MORE_ATTEMPTS)
-        if (row.op, row.phase) == ("graph_layer", "forward"):
-            triton = ("ours triton", *FORMS)
-    return _everywhere(row) + triton
+    """Who runs in a row on a kind of device, baselines first; our GPU kernels last."""
+    if device != "cuda":
+        return _everywhere(row)
+    left = tuple(name for name in _everywhere(row) if row in GPU_ROWS_OF.get(name, (row,)))
+    if row.op in SPECTRA:
+        return (*left, CUDA_SOLVER) if row.op == "eigh" else left
+    return left + _of_triton(row)
+
+
+def _of_triton(row: Row) -> tuple[str, ...]:
+    if (row.op, row.phase) == ("graph_layer", "forward"):
+        return ("ours triton", *FORMS)
+    if row.op == "solve":
+        return ("ours triton", MORE_ATTEMPTS, CAPTURED_SOLVE)
+    exact = row.model == "egnn" and row.op in ("model", "propagation")
+    triton = ("ours triton", "ours exact triton") if exact else ("ours triton",)
+    if (row.op, row.phase) == ("model", "step"):
+        triton += (CAPTURED, CAPTURED_EXACT) if exact else (CAPTURED,)
+    return triton
 
 
 def _everywhere(row: Row) -> tuple[str, ...]:
@@ -217,28 +226,33 @@ def gpu_core_rows() -> list[Row]:
     """The target table, most important first."""
     step = [
         Row("model", "step", 50),
-        Row("model", "step", 4096, precision="tf32"),
         Row("model", "step", 4096),
-        Row("model", "step", 50, precision="tf32"),
+        Row("model", "step", 4096, precision="tf32"),
     ]
-    forward = [Row("model", "forward", 4096, precision=p) for p in ("tf32", "fp32")]
-    ode = [Row("propagation", "backward", 4096)]
+    ode = [Row(op, "backward", 4096) for op in ("propagation", "solve")]
     transforms = [Row(op, "forward", 4096) for op in ("graph_fourier", "inverse_graph_fourier")]
     spectra = [Row("eigh", "forward", 4096, molecule=f"random {n}") for n in (13, 33, 64)]
-    bf16 = [Row("model", phase, 4096, precision="bf16") for phase in ("step", "forward")]
-    return [*step, *forward, *ode, *transforms, *spectra, *bf16]
+    reduced = [
+        Row("model", "step", 50, precision="tf32"),
+        Row("model", "step", 4096, precision="bf16"),
+        Row("model", "step", 50, precision="bf16"),
+        Row("model", "forward", 4096),
+        Row("model", "forward", 4096, precision="bf16"),
+    ]
+    inference = Row("model", "forward", 4096, precision="tf32")
+    return [*step, inference, *ode, *transforms, *spectra, *reduced]
 
 
 def gpu_matrix_rows() -> list[Row]:
-    """The combinations beside the target table."""
+    """The combinations beside the target table, most important first."""
     others = [
         Row("model", "step", batch, m, model, times, precision)
         for times in ("irregular", "regular")
+        for batch in (4096, 50)
+        for precision in ("tf32", "fp32")
         for model, m in (("sage_attention_concat", 2), ("egnn", 13), ("sage_attention_concat", 13))
-        for batch in (50, 4096)
-        for precision in ("fp32", "tf32")
     ]
-    regular = [Row("model", "step", batch, times="regular") for batch in (50, 512, 4096)]
+    regular = [Row("model", "step", batch, times="regular") for batch in (4096, 512, 50)]
     sizes = [Row("model", "step", batch) for batch in (1, 512, 16384)]
     layers = [
         Row(op, "backward", 4096, model=model, precision=precision)
@@ -250,15 +264,39 @@ def gpu_matrix_rows() -> list[Row]:
              for molecule in ("aspirin", "peptide 148", "peptide 370")
              for model in MODELS
              for batch in (16, 50)]  # fmt: skip
+    first = 6  # irregular times, B = 4096
     return [
         *sizes,
+        *others[:first],
+        *regular,
         *layers,
         *forms,
         Row("graph_layer", "forward", 4096),
-        Row("solve", "backward", 4096),
-        *regular,
-        *others,
+        *others[first:],
+        Row("solve", "backward", 512),
     ]
+
+
+def _and_tiny(rows: Iterable[Row]) -> frozenset[Row]:
+    """With what a dry run makes of them."""
+    rows = list(rows)
+    return frozenset([*rows, *(row.tiny() for row in rows)])
+
+
+# On a GPU a step of U0 at B = 4096 takes ten seconds, and compiling C1 or the solver's loop a
+# minute or more, so each runs only where a target is a ratio to it.
+_LOOPS = _and_tiny([Row("solve", "backward", 512)])
+GPU_ROWS_OF: dict[str, frozenset[Row]] = {
+    "U0": _and_tiny(
+        [*gpu_core_rows()[:5], Row("model", "step", 1), Row("model", "step", 512)],
+    ),
+    "C1": _and_tiny(
+        [*gpu_core_rows()[:4], *gpu_matrix_rows()[3:6], Row("model", "step", 4096, times="regular")]
+    ),
+    TWO_THREADS: frozenset(),
+    EAGER_LOOP: _LOOPS,
+    "ours compiled": _LOOPS,
+}
 
 
 SETS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class Unavailable(RuntimeError):
 class Task:
     """`run` is what is timed; `values` are its outputs and gradients."""
 
-    run: Callable[[], object]
+    run: Callable[[], Any]
     values: Callable[[], dict[str, Tensor]]
     min_bytes: int | None = (
         None  # inputs read once and outputs written once, where that is the limit

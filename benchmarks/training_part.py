@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import end_to_end, equivalence, large_systems
+from benchmarks import end_to_end, equivalence, large_systems, mixed
 from benchmarks.training_tables import TABLES
+from gfnode_fast.training import ModelConfig
 
 TINY_MODEL: tuple[tuple[str, int], ...] = (("n_layers", 1), ("hidden_nf", 8), ("time_emb_dim", 4))
-END_TO_END, LARGE, TRITON, CURVES = (
-    "end_to_end", "large_systems", "large_systems Triton", "equivalence",
+END_TO_END, LARGE, TRITON, MIXED, CURVES = (
+    "end_to_end", "large_systems", "large_systems Triton", "mixed", "equivalence",
 )  # fmt: skip
 
 Piece = tuple[float, Callable[[], dict[str, Any]]]
@@ -31,9 +32,12 @@ def pieces(device: torch.device, folder: Path, *, dry: bool, triton: bool) -> di
         short = equivalence.Size(
             seeds=2, epochs=1, batch=2, windows=4, validation=2, sample="ethanol", model=TINY_MODEL
         )
+        mixtures, shape, rounds, each_s = (4,), ModelConfig(**dict(TINY_MODEL)), 1, 0.0
     else:
-        batches = {b: end_to_end.effort(b, device, 3) for b in end_to_end.BATCHES[device.type]}
-        molecule, limit_s = "aspirin", 60.0
+        batches = {b: end_to_end.effort(b, device, 2) for b in end_to_end.BATCHES[device.type]}
+        molecule, limit_s = "aspirin", 25.0
+        shape = ModelConfig(backend="triton" if triton else "auto")
+        mixtures, rounds, each_s = (50, 512, 4096), 7, 1.0
         sizes, large = large_systems.SIZES, large_systems.Size(batch=64)
         short = equivalence.Size(epochs=2)
 
@@ -50,14 +54,18 @@ def pieces(device: torch.device, folder: Path, *, dry: bool, triton: bool) -> di
     def systems(backend: str) -> dict[str, Any]:
         return large_systems.measure(sizes, large, device, folder / backend, backend=backend)
 
+    def mixtures_of_two() -> dict[str, Any]:
+        return mixed.measure(mixtures, device, shape, rounds=rounds, seconds_each=each_s)
+
     def curves() -> dict[str, Any]:
         return equivalence.measure(short, device, folder / "curves", triton=triton)
 
     found: dict[str, Piece] = {
-        END_TO_END: (200.0, loops),
-        LARGE: (60.0, lambda: systems("auto")),
-        CURVES: (180.0, curves),
-        TRITON: (60.0, lambda: systems("triton")),
+        END_TO_END: (130.0, loops),
+        MIXED: (30.0, mixtures_of_two),
+        TRITON: (50.0, lambda: systems("triton")),
+        LARGE: (50.0, lambda: systems("auto")),
+        CURVES: (120.0, curves),
     }
     if device.type != "cuda" or not triton:
         del found[TRITON]
@@ -68,6 +76,6 @@ def summaries(result: dict[str, Any]) -> list[str]:
     """The tables of the pieces that were measured."""
     return [
         f"{name}:\n\n{TABLES[name.split()[0]](result[name])}"
-        for name in (END_TO_END, LARGE, TRITON, CURVES)
+        for name in (END_TO_END, MIXED, LARGE, TRITON, CURVES)
         if name in result
     ]

@@ -1,4 +1,4 @@
-"""The bench itself: rows, refusal before timing, timing, comparison, report, README, dry run."""
+"""The bench itself: rows, refusal before timing, timing, comparison, report, README."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_acceptance, operations, report, run, tests_part
 from benchmarks import measure as measuring
+from benchmarks import operations, report, run
 from benchmarks.accuracy import accuracy
 from benchmarks.agreement import Checker, Disagreement, compare, require
 from benchmarks.baselines import c1
@@ -25,6 +25,8 @@ from benchmarks.measure import Effort, measure
 from benchmarks.operations import make_task
 from benchmarks.registry import (
     CAPTURED,
+    CAPTURED_EXACT,
+    CAPTURED_SOLVE,
     FORMS,
     MORE_ATTEMPTS,
     SETS,
@@ -55,20 +57,39 @@ def test_rows_are_unique_and_have_contenders(name: str) -> None:
 @pytest.mark.parametrize("op", ["model", "propagation", "solve", "graph_fourier"])
 def test_triton_competes_on_gpus_only(op: str) -> None:
     row = replace(SMALL, op=op)
-    on_gpu = contenders(row, "cuda")
-    assert on_gpu[: len(contenders(row))] == contenders(row)
-    triton = on_gpu[len(contenders(row)) :]
-    exact = ("ours exact triton",)
-    more = {"model": exact, "propagation": exact, "solve": (MORE_ATTEMPTS,)}
-    assert triton == ("ours triton", *more.get(op, ()))
-    for name in triton:
+    expected = {
+        "model": ("ours triton", "ours exact triton"),
+        "propagation": ("ours triton", "ours exact triton"),
+        "solve": ("ours triton", MORE_ATTEMPTS, CAPTURED_SOLVE),
+        "graph_fourier": ("ours triton",),
+    }[op]
+    assert contenders(row, "cuda")[-len(expected) :] == expected
+    assert not set(contenders(row)) & set(expected)
+    for name in expected:
         with pytest.raises(Unavailable, match="Triton needs a CUDA device"):
             make_task(name, row, CPU)
 
 
+def test_on_gpus_expensive_baselines_run_where_a_target_names_them() -> None:
+    core, matrix = (
+        {row.name: contenders(row, "cuda") for row in rows}
+        for rows in (gpu_core_rows(), gpu_matrix_rows())
+    )
+    step = core["model step egnn M=2 B=4096 irregular tf32"]
+    assert step[:3] == ("U0", "U1", "C1")
+    assert "C1" not in core["model step egnn M=2 B=4096 irregular bf16"]
+    assert core["solve backward egnn M=2 B=4096 irregular fp32"][:2] == ("U1", "torchode")
+    assert sum("C1" in names for names in [*core.values(), *matrix.values()]) == 8
+    assert sum("ours compiled" in names for names in [*core.values(), *matrix.values()]) == 1
+    others = [n for n in matrix if "sage_attention_concat" in n and n.startswith("model step")]
+    assert all(matrix[name][0] == "U1" for name in others)
+    row = Row("model", "step", 4096)
+    assert contenders(row.tiny(), "cuda") == contenders(row, "cuda")  # for the dry run
+
+
 def test_a_captured_step_competes_where_a_model_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     row = Row("model", "step", 2, times="regular", molecule="ethanol")
-    assert contenders(row, "cuda")[-1] == CAPTURED
+    assert contenders(row, "cuda")[-2:] == (CAPTURED, CAPTURED_EXACT)
     assert CAPTURED not in contenders(row) + contenders(replace(row, phase="forward"), "cuda")
     with pytest.raises(Unavailable, match="Triton needs a CUDA device"):
         make_task(CAPTURED, row, CPU)
@@ -79,7 +100,7 @@ def test_a_captured_step_competes_where_a_model_steps(monkeypatch: pytest.Monkey
     assert triton["reason"] == "Triton needs a CUDA device, this is cpu"
     assert (captured["status"], "operations" in captured) == ("ok", False)
     assert captured["agreement"]["gradients"] < 1e-3
-    assert f"{CAPTURED} / U0" in found["ratios"]
+    assert f"{CAPTURED} / U1" in found["ratios"]
 
 
 def test_both_forms_of_the_graph_layers_compete() -> None:
@@ -303,43 +324,3 @@ def test_scripts_run_as_files(script: str) -> None:
         cwd=ROOT / "tests",
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("part", ["core", "matrix"])
-def test_acceptance_skips_what_does_not_fit(part: str, tmp_path: Path) -> None:
-    clock = gpu_acceptance.Clock(minutes=0)
-    rows = {"core": gpu_core_rows, "matrix": gpu_matrix_rows}[part]()
-    found = gpu_acceptance.measure_rows(rows, CPU, gpu_acceptance.DRY_EFFORT, clock)
-    assert len(found) == len(rows)
-    for entry in found:
-        assert all(c["reason"].startswith("no time") for c in entry["contenders"].values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", gpu_acceptance.PARTS)
-def test_acceptance_dry_run(part: str, tmp_path: Path) -> None:
-    assert gpu_acceptance.main(["--part", part, "--dry-run", "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / f"{part}.json").read_text())
-    assert found["part"] == part
-    assert found["about"]["versions"]["torch"] == torch.__version__
-    text = (tmp_path / f"{part}.md").read_text()
-    assert text.startswith(f"# {part}")
-    assert "C1 as it stands" in text
-    assert (CAPTURED in text) == (part in ("core", "matrix"))
-
-
-def test_the_acceptance_knows_every_file_with_gpu_tests() -> None:
-    helpers = [file for file in (ROOT / "tests").glob("*.py") if not file.name.startswith("test_")]
-    named = {file.name for file in helpers if tests_part.MARKED.search(file.read_text())}
-    assert named == {"op_checks.py"}  # whose name for the mark is looked for
-    found = tests_part.marked_files()
-    assert {"tests/test_capture.py", "tests/ops/test_mode_rhs.py"} <= set(found)
-    assert not {"tests/cli/test_cli.py", "tests/benchmarks/test_bench.py"} & set(found)
-
-
-def test_acceptance_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("a CUDA device is here; what is tested is the refusal without one")
-    with pytest.raises(SystemExit):
-        gpu_acceptance.main(["--part", "core"])
-    assert "no CUDA device" in capsys.readouterr().err
