@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from gfnode_fast.kernels.launch import ceil_div, on_device_of
@@ -30,7 +31,7 @@ def mode(tensor: Tensor, precision: str) -> str:
         return "ieee"
     if precision == "fp32":
         return "tf32x3"
-    return precision if tensor.is_cuda else f"{precision} emulated"
+    return f"{precision} emulated" if triton.knobs.runtime.interpret else precision
 
 
 def tile(made_of: str) -> dict[str, Any]:
