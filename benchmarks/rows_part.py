@@ -21,7 +21,7 @@ from benchmarks.operations import make_task
 from benchmarks.registry import BASELINES, Row, contenders, gpu_core_rows, gpu_matrix_rows
 from benchmarks.session import Session
 from benchmarks.step_profile import profile_step
-from benchmarks.tests_part import run_command
+from benchmarks.tests_part import build_extension, run_command
 
 GPU_EFFORT = Effort(rounds=20, seconds_each=0.5, u0_limit_s=40.0)
 DRY_EFFORT = Effort(rounds=1, seconds_each=0.01, u0_limit_s=40.0)
@@ -80,11 +80,24 @@ def compile_beforehand(session: Session, script: Path) -> list[dict[str, Any]]:
         return list(pool.map(run, range(len(shares))))
 
 
+def built(session: Session) -> dict[str, Any]:
+    """The step of building the extension, on a machine that the tests did not run on before.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    step = build_extension(session.clock, session.dry)
+    if step["status"]:
+        raise RuntimeError(step["output"][-500:])
+    return step
+
+
 def run_rows(session: Session, script: Path) -> None:
     """Rows in their order; in the core, ceilings and errors before them and profiles after."""
     part, device, dry = session.result["part"], session.device, session.dry
     rows, effort = rows_of(part, dry), DRY_EFFORT if dry else GPU_EFFORT
     if not dry:
+        session.piece("build", 30.0, lambda: built(session))
         session.piece(
             "compiled beforehand", COMPILING_S, lambda: compile_beforehand(session, script)
         )

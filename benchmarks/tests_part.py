@@ -23,10 +23,13 @@ from benchmarks.operations import make_task
 from benchmarks.registry import Row
 from benchmarks.session import Session
 from benchmarks.shards import OUTPUT, Outcomes, deal, pytest_command, run_shard
-from gfnode_fast.ops.eigh import why_not_compiled
 
 MARKED = re.compile(r"\bmark\.gpu\b|\bOF_KERNELS\b")  # the latter of tests/op_checks.py
 SANITIZERS = ("memcheck", "racecheck")
+ASK_FOR_CUDA = (
+    "import sys; from gfnode_fast.ops.eigh import why_not_compiled; "
+    "sys.exit(why_not_compiled('cuda'))"
+)
 OTHERS = 2 + len(SANITIZERS)  # processes beside those of the tests
 
 
@@ -69,9 +72,14 @@ def not_run(why: str) -> dict[str, Any]:
 
 
 def build_extension(clock: Clock, dry: bool) -> dict[str, Any]:
-    """Keep a binary with a CUDA part that is there; else build one in place, for this GPU alone."""
-    if dry or why_not_compiled("cuda") is None:
-        return not_run("dry run" if dry else "gfnode_fast._C is there")
+    """Keep a binary with a CUDA part that is there; else build one in place, for this GPU alone.
+
+    Asked in another process: this one would go on with the binary that it found first.
+    """
+    if dry:
+        return not_run("dry run")
+    if run_command([sys.executable, "-c", ASK_FOR_CUDA], clock)["status"] == 0:
+        return not_run("gfnode_fast._C is there")
     architecture = ".".join(map(str, torch.cuda.get_device_capability()))
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     return run_command(build, clock, {"GFNODE_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": architecture})

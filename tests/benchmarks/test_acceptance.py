@@ -270,7 +270,6 @@ def test_the_part_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tests_part, "run_shard", shard)
     monkeypatch.setattr(tests_part, "run_command", command)
     monkeypatch.setattr(tests_part, "collected", lambda *_: (tests_part.not_run("fake"), names))
-    monkeypatch.setattr(tests_part, "build_extension", lambda *_: tests_part.not_run("there"))
     monkeypatch.setattr(tests_part.shutil, "which", lambda name: f"/bin/{name}")
     part = made(tmp_path, "tests")
     tests_part.run_tests(part, Path("script.py"))
@@ -281,6 +280,7 @@ def test_the_part_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     )
     text = (tmp_path / "tests.md").read_text()
     assert "Tests: 29 passed, 1 failed" in text or "1 failed, 29 passed" in text
+    assert found["steps"]["build"]["command"] == "none: gfnode_fast._C is there"
     assert "FAILED racecheck: exit status 1" in text
     assert "FAILED tests/test_a.py::b[9]: assert 1 == 2" in text
 
