@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -243,12 +244,21 @@ def naming_failed_solves(config: TrainConfig, where: str) -> Iterator[None]:
     """Raise a solver's failure as a NonFiniteLossError that says where in the run it was."""
     try:
         yield
-    # AssertionError: torchdiffeq's word for a step size that is 0 or NaN.
     except (SolverError, AssertionError) as error:
+        if isinstance(error, AssertionError) and not _is_torchdiffeqs(error):
+            raise
         raise NonFiniteLossError(
             f"train: `loss` must be finite, got a failed ODE solve ({error}) {where}; "
             f"{_advice(config)}"
         ) from error
+
+
+def _is_torchdiffeqs(error: AssertionError) -> bool:
+    """Whether torchdiffeq asserted that a step advances time, or that its state is finite."""
+    raised = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return raised.f_globals.get("__name__") == "torchdiffeq._impl.rk_common" and str(
+        error
+    ).startswith(("underflow in dt", "non-finite values in state"))
 
 
 def _advice(config: TrainConfig) -> str:

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torchdiffeq import odeint
 
 from gfnode_fast.nn import FourierMD
 from gfnode_fast.solvers.errors import SolverError
-from gfnode_fast.training import NonFiniteLossError, load_model, train
+from gfnode_fast.training import NonFiniteLossError, TrainConfig, load_model, train
 from gfnode_fast.training.checkpoint import read_checkpoint
 from gfnode_fast.training.optimizer import GuardedAdam
+from gfnode_fast.training.step import naming_failed_solves
 from small_run import nan_trajectory_step, small_config
 
 VAE = {"use_vae": True}
@@ -41,30 +43,62 @@ def test_non_finite_loss_is_found_before_a_checkpoint_is_written(
     assert read_checkpoint(tmp_path / "run" / "last.json").manifest["position"]["step"] == 2
 
 
+def fail_ours():
+    raise SolverError("dopri5: underflow in dt nan", time=0.0, step=0.0, rows=[])
+
+
+def fail_torchdiffeqs():
+    odeint(lambda t, y: y * float("nan"), torch.ones(1), torch.tensor([0.0, 1.0]))
+
+
+def fail_torchdiffeqs_state():
+    odeint(lambda t, y: y, torch.tensor([float("nan")]), torch.tensor([0.0, 1.0]),
+           options={"first_step": 0.1})  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "failure",
+    ("failure", "training", "said"),
     [
-        AssertionError("underflow in dt nan"),  # torchdiffeq's
-        SolverError("dopri5: underflow in dt nan", time=0.0, step=0.0, rows=[]),
+        (fail_ours, True, "underflow in dt nan.* at step 1;"),
+        (fail_ours, False, "underflow in dt nan.* in the validation after step 4;"),
+        (fail_torchdiffeqs, True, "underflow in dt.* at step 1;"),
+        (fail_torchdiffeqs_state, True, "non-finite values in state.* at step 1;"),
     ],
 )
-@pytest.mark.parametrize(
-    ("training", "where"), [(True, "at step 1;"), (False, "in the validation after step 4;")]
-)
 def test_a_failed_solve_is_reported_with_its_step(
-    trajectory_file, tmp_path, monkeypatch, failure, training, where
+    trajectory_file, tmp_path, monkeypatch, failure, training, said
 ):
     forward = FourierMD.forward
 
     def fail(self, *args, **kwargs):
         if self.training == training:
-            raise failure
+            failure()
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(FourierMD, "forward", fail)
-    with pytest.raises(NonFiniteLossError, match=f"underflow in dt nan.* {where}"):
+    with pytest.raises(NonFiniteLossError, match=f"(?s){said}"):
         train(small_config(trajectory_file, tmp_path / "run"))
     read_checkpoint(tmp_path / "run" / "last.json")
+
+
+def assert_in_a_right_hand_side():
+    def dynamics(t, y):
+        raise AssertionError("underflow in dt of somebody else")
+
+    odeint(dynamics, torch.ones(1), torch.tensor([0.0, 1.0]))
+
+
+def assert_in_torchdiffeq():
+    odeint(lambda t, y: y, torch.ones(1), torch.tensor([0.0, 0.0]))
+
+
+@pytest.mark.parametrize("failure", [assert_in_a_right_hand_side, assert_in_torchdiffeq])
+def test_other_assertions_pass_as_they_are(failure):
+    with pytest.raises(AssertionError) as expected:
+        failure()
+    with pytest.raises(AssertionError) as found, naming_failed_solves(TrainConfig(), "at step 1"):
+        failure()
+    assert str(found.value) == str(expected.value)
 
 
 def test_guarded_adam_leaves_everything_as_it_was():
