@@ -14,6 +14,8 @@ from torchdiffeq._impl.odeint import SOLVERS
 
 import gfnode_fast
 from gfnode_fast import reference
+from gfnode_fast.nn import fourier_md
+from gfnode_fast.ops.topology import Topology, topology
 from golden_files import relative_error
 from model_inputs import constructor, inputs, moved
 
@@ -274,3 +276,19 @@ def test_isolated_atoms_and_no_edges() -> None:
     given |= {"edge_index": (empty, empty), "edge_fea": torch.zeros(0, 3)}
     x = run(model, given)[0]
     x.sum().backward()
+
+
+@pytest.mark.parametrize("time_mode", ["none", "posenc"])
+def test_edges_are_sorted_once(monkeypatch: pytest.MonkeyPatch, time_mode: str) -> None:
+    """Also where they are not kept from one batch to the next, as on a GPU."""
+    sorted_for: list[int] = []
+
+    def counted(*given: Any, **options: Any) -> Topology:
+        sorted_for.append(len(given[0]))
+        return topology(*given, **options)
+
+    monkeypatch.setattr(fourier_md, "topology", counted)
+    gfnode_fast.FourierMD(**constructor(n_layers=2, time_mode=time_mode))(**inputs())
+    assert len(sorted_for) == 1
+    gfnode_fast.FourierMD(**constructor(), backend="reference")(**inputs())
+    assert len(sorted_for) == 1

@@ -99,9 +99,9 @@ class FourierMD(reference.FourierMD):
         on one, a class with another forward in its place, an activation that is not the model's,
         a module appended to an MLP. Graphs of torch.compile look when they are traced.
 
-        Gradients are those of `backward` and torch.autograd.grad, one at a time: the solves and
-        compiled layers raise in torch.func.grad, jvp, vjp and vmap, in forward-mode AD and under
-        is_grads_batched. Use backend="reference" there.
+        Gradients are those of `backward` and torch.autograd.grad. As in the published model,
+        torch.func.grad, vjp, jvp and vmap and forward-mode AD are not supported and raise;
+        is_grads_batched works with backend="reference" alone.
 
         With Triton solves on a GPU nothing waits for the device: a solve that fails, or times that
         are not positive, give NaN and raise at a later step or when `last_solve` is read.
@@ -204,6 +204,14 @@ class FourierMD(reference.FourierMD):
             if self.backend == "auto" and not torch.compiler.is_compiling():
                 logger.info("FourierMD: %s", self.backend_report())
         return parts
+
+    def _edges(  # type: ignore[override]  # given to the methods below alone
+        self, row: Tensor, col: Tensor, num_nodes: int
+    ) -> tuple[Topology | None]:
+        parts = self._parts()
+        if parts[ENCODER].backend == parts[DECODER].backend == "reference":
+            return (None,)
+        return (topology(row, col, num_nodes, max_nodes=self.num_atoms),)
 
     def _encode(
         self,

@@ -107,8 +107,12 @@ class GFNODE(FourierMD):
         """
         self._check(x, h, edge_index, edge_fea, v, ptr, timeframes, eigvecs)
         assert self.delta_frame is not None
-        edges = edge_index if isinstance(edge_index, Topology) else None
-        row, col = edge_index.unsorted if isinstance(edge_index, Topology) else edge_index
+        if isinstance(edge_index, Topology):
+            edges: Topology | None = edge_index
+            row, col = edge_index.unsorted
+        else:
+            row, col = edge_index
+            (edges,) = self._edges(row, col, len(x))
         offsets, num_times = to_device(ptr, x.device), timeframes.shape[1]
         sizes = offsets.diff()
         ptr = offsets if "triton" in (self.backend, self._transforms) else ptr

@@ -226,14 +226,19 @@ class FourierMD(nn.Module):
         assert timeframes is not None
         assert self.delta_frame is not None
         row, col = edge_index
-        x, v, h = self._encode(x, v, h, row, col, edge_fea)
+        edges = self._edges(row, col, x.shape[0])
+        x, v, h = self._encode(x, v, h, row, col, edge_fea, *edges)
         h, x, kld = self._sample(h, x)
         s = timeframes / self.delta_frame
         embedding = frame_embedding(timeframes.T, self.time_emb_dim)
         shape = (batch, num_atoms)
         x, v, h = self._propagate(x, v, h, loc_mean, s, U_batch, shape, embedding)
-        x, v, h = self._decode(x, v, h, row, col, edge_fea, num_copies=timeframes.shape[1])
+        x, v, h = self._decode(x, v, h, row, col, edge_fea, timeframes.shape[1], *edges)
         return x, v, h, kld
+
+    def _edges(self, row: Tensor, col: Tensor, num_nodes: int) -> tuple[()]:
+        """What a faster model makes of the edges, once for `_encode` and `_decode`."""
+        return ()
 
     def _encode(
         self, x: Tensor, v: Tensor, h: Tensor, row: Tensor, col: Tensor, edge_fea: Tensor

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from gfnode_fast.solvers.compiled import Graphs, call_graph, graphs_for, solve_in_graphs
 from gfnode_fast.solvers.errors import SolverError
-from gfnode_fast.solvers.exact import largest_thetas, make_plan
+from gfnode_fast.solvers.exact import HALF, largest_thetas, make_plan
 from gfnode_fast.solvers.rhs import LinearRHS, RightHandSide
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.traced import canonical
@@ -77,6 +77,7 @@ def solve_compiled_exact(
         (B, T, D, M, C), with the error bounds of `solve_exact`.
 
     Raises:
+        TypeError: a state of half precision.
         ValueError: times that are not positive and finite.
         SolverError: a state or weights that are not finite, or may overflow on the way.
         RuntimeError: complex dynamics, dynamics that mixes modes, or another forcing.
@@ -90,6 +91,11 @@ def solve_compiled_exact(
         raise RuntimeError(
             "solve_compiled_exact: the right-hand side must be linear with a forcing of none or s "
             "b, got another (time_mode mlp, posenc, rope or interacting modes); use "
+            "backend='torch'"
+        )
+    if y0.dtype in HALF:
+        raise TypeError(
+            f"exact: `y0` must be float32 or float64 with backend='compiled', got {y0.dtype}; use "
             "backend='torch'"
         )
     modes, batch, components, channels = y0.shape

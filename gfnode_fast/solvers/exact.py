@@ -39,6 +39,7 @@ from gfnode_fast.solvers.tableau import kept
 
 MAX_DEGREE = 30
 MAX_THETA = {torch.float32: 2.0, torch.float64: 4.0}  # e^θ times rounding stays within the bound
+HALF = (torch.float16, torch.bfloat16)
 MAX_STEPS = 100_000
 NORM_SLACK = 1.001  # the norm itself is computed with rounding
 
@@ -289,8 +290,8 @@ def solve_exact(
 
     Returns:
         (B, T, D, M, C). Relative to max‖y‖ along the path the error is at most 1e-6 max(1, ‖sW‖) in
-        float32 and 1e-13 max(1, ‖sW‖) in float64, apart from how much the dynamics itself magnifies
-        rounding.
+        float32, in which half precision is solved too, and 1e-13 max(1, ‖sW‖) in float64, apart
+        from how much the dynamics itself magnifies rounding.
 
     Raises:
         ValueError: a right-hand side that mixes modes, so is not linear.
@@ -310,9 +311,12 @@ def solve_exact(
     modes, batch, components, channels = y0.shape
     rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels)
     times = times.detach().double()
-    slope = rhs.slope()
-    plan = make_plan(rows, rhs.weight, slope, times, components)
-    weight, forced, scaled = rhs.weight, slope, times
+    weight, slope = rhs.weight, rhs.slope()
+    if weight.dtype in HALF:  # to whose rounding no degree solves
+        rows, weight = rows.float(), weight.float()
+        slope = None if slope is None else slope.float()
+    plan = make_plan(rows, weight, slope, times, components)
+    forced, scaled = slope, times
     if plan.substeps > 1:
         weight, scaled = weight / plan.substeps, times * plan.substeps
         forced = None if slope is None else slope / plan.substeps**2
@@ -327,4 +331,4 @@ def solve_exact(
     values = values.view(batch, -1, components, modes, channels)
     if slope is None and rhs.forcing is not None:
         values = values + forced_response(rhs, times, rtol, atol).unsqueeze(2)
-    return values
+    return values.to(y0.dtype)

@@ -19,6 +19,7 @@ from gfnode_fast.solvers import (
     solve_exact,
 )
 from gfnode_fast.solvers import forced as forced_module
+from gfnode_fast.solvers.compiled_exact import solve_compiled_exact
 from gfnode_fast.solvers.exact import degree_and_substeps, remainder
 from golden_files import relative_error
 from spectral import outputs_and_gradients, propagator, published, signals
@@ -357,3 +358,28 @@ def test_dynamics_that_is_not_linear_is_refused(interaction: str) -> None:
     function = right_hand_side(model.t_conv.ode_func)
     with pytest.raises(ValueError, match="`rhs` must be linear or affine"):
         solve_exact(function, random(3, 2, 1, 6), random_times(2, 2))
+
+
+@pytest.mark.parametrize("time_mode", ["none", "concat", "mlp"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_solved_in_float32(dtype: torch.dtype, time_mode: str) -> None:
+    model = propagator(time_mode=time_mode).to(dtype)
+    given = [part.to(dtype) for part in signals()]
+    found: list[list[Tensor]] = []
+    for kind in (dtype, torch.float64):
+        signal, *others = (part.detach().to(kind) for part in given)
+        out = exactly(model.to(kind), signal.requires_grad_(), *others)
+        model.zero_grad()
+        out.sum().backward()
+        assert out.dtype == kind
+        found.append([out, signal.grad, model.t_conv.ode_func.weights1.grad.clone()])
+    for actual, expected in zip(*found, strict=True):
+        assert relative_error(actual.double(), expected) < 4 * torch.finfo(dtype).eps
+
+
+def test_half_precision_is_refused_where_it_is_compiled() -> None:
+    model = propagator().to(torch.bfloat16)
+    function = right_hand_side(model.t_conv.ode_func)
+    y0 = torch.ones(3, 2, 1, 6, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="exact: `y0` must be float32 or float64 .* got torch.bf"):
+        solve_compiled_exact(function, (), y0, torch.ones(2, 4))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gfnode_fast.ops.mode_rhs import right_hand_side
 from gfnode_fast.ops.propagate import propagate
@@ -239,19 +240,33 @@ def test_error_falls_with_the_tolerance(solver: str) -> None:
     assert errors[2] < 1e-4
 
 
+def kept(solver: str, signal: Tensor, times: Tensor, eigvecs: Tensor) -> int:
+    """Numbers kept for backward."""
+    total = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        propagate(propagator(solver=solver), signal.requires_grad_(), times, eigvecs)
+    return total
+
+
 def test_memory_does_not_grow_with_the_union() -> None:
     """What is kept for backward: accepted steps, not united times."""
+    few, many = (kept("dopri5", *signals(batch=batch, num_times=8)) / batch for batch in (4, 16))
+    assert many < 1.2 * few
 
-    def kept_per_molecule(batch: int) -> float:
-        kept: list[int] = []
-        signal, times, eigvecs = signals(batch=batch, num_times=8)
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            kept.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            propagate(propagator(), signal.requires_grad_(), times, eigvecs)
-        return sum(kept) / batch
-
-    assert kept_per_molecule(16) < 1.2 * kept_per_molecule(4)
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "rk4"])
+def test_memory_of_the_union_grid_grows_with_its_root(solver: str) -> None:
+    """A state every sqrt(L) steps of the L united times."""
+    signal, times, eigvecs = signals(batch=16, num_times=8)
+    united = 16 * 8
+    together = times[:1].expand_as(times)
+    assert (len(together.unique()), len(times.unique())) == (8, united)
+    state = signal[..., 0, :].numel() * 3 // 5  # M = 3 modes of N = 5 atoms
+    more = kept(solver, signal, times, eigvecs) - kept(solver, signal, together, eigvecs)
+    assert state <= more <= 1.3 * united**0.5 * state  # all of them: 120 states
