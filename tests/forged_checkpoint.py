@@ -1,10 +1,11 @@
-"""Checkpoints whose manifest fits a file that somebody put in another's place."""
+"""Checkpoints that somebody changed so that their hashes fit."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from gfnode_fast.training.checkpoint import _digest, write_json
 
@@ -16,4 +17,9 @@ def forge(manifest: Path, part: str, content: bytes) -> None:
     entry = values["files"][part]
     manifest.with_name(entry["name"]).write_bytes(content)
     entry["sha256"] = hashlib.sha256(content).hexdigest()
+    forge_manifest(manifest, values)
+
+
+def forge_manifest(manifest: Path, values: dict[str, Any]) -> None:
+    """Write `values` as a manifest that fits itself."""
     write_json(manifest, values | {"sha256": _digest(values)})

@@ -9,6 +9,7 @@ import os
 import numpy as np
 
 from gfnode_fast.data.files import atomic_write
+from gfnode_fast.data.npz import read_metadata, read_number
 from gfnode_fast.data.trajectory import Array, Trajectory, TrajectoryError
 
 COMPACT_VERSION = 1
@@ -87,12 +88,17 @@ def decode_compact(arrays: dict[str, Array], path: str) -> Trajectory:
     TrajectoryError
         For another version, sizes that disagree, or positions whose hash is not the recorded one.
     """
-    if int(arrays["compact"]) != COMPACT_VERSION:
+    version = read_number(arrays, "compact", path)
+    if version != COMPACT_VERSION:
         raise TrajectoryError(
-            f"{path}: key 'compact' must be version {COMPACT_VERSION}, got "
-            f"{int(arrays['compact'])}; update gfnode_fast"
+            f"{path}: key 'compact' must be version {COMPACT_VERSION}, got {version:g}; update "
+            "gfnode_fast"
         )
-    shape = tuple(int(size) for size in arrays["shape"])
+    if arrays["shape"].dtype.kind not in "iu":
+        raise TrajectoryError(
+            f"{path}: key 'shape' must hold integers, got {arrays['shape'].dtype}"
+        )
+    shape = tuple(arrays["shape"].reshape(-1).tolist())
     planes = arrays["planes"]
     size = int(np.prod(shape, dtype=np.int64))
     if len(shape) != 3 or planes.dtype != np.uint8 or planes.shape != (4, size):
@@ -106,10 +112,10 @@ def decode_compact(arrays: dict[str, Array], path: str) -> Trajectory:
     if _digest(integers) != str(arrays["sha256"]):
         raise TrajectoryError(f"{path}: key 'sha256' must match the positions; the file is damaged")
     return Trajectory(
-        positions=(integers * float(arrays["quantum"])).astype(np.float32),
+        positions=(integers * read_number(arrays, "quantum", path)).astype(np.float32),
         numbers=arrays["numbers"],
-        dt_fs=float(arrays["dt_fs"]),
-        metadata=json.loads(str(arrays["metadata"])),
+        dt_fs=read_number(arrays, "dt_fs", path),
+        metadata=read_metadata(arrays, path),
     )
 
 

@@ -271,5 +271,12 @@ def _restore(
         )
     atoms.positions = state["positions"]
     atoms.set_momenta(state["momenta"])
-    rng.bit_generator.state = json.loads(str(state["rng"]))
+    try:
+        rng.bit_generator.state = json.loads(str(state["rng"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"simulate: `path` must have the state of a random generator beside it, got "
+            f"{state_path} with a damaged key 'rng' ({type(error).__name__}: {error}); delete it "
+            "to start anew"
+        ) from error
     return int(state["step"])

@@ -79,6 +79,16 @@ def read_metadata(arrays: dict[str, Array], path: str | os.PathLike[str]) -> dic
     return metadata
 
 
+def read_number(arrays: dict[str, Array], key: str, path: str | os.PathLike[str]) -> float:
+    """The one number in `arrays[key]`."""
+    array = arrays[key]
+    if array.size != 1 or array.dtype.kind not in "iuf":
+        raise TrajectoryError(
+            f"{path}: key '{key}' must be one number, got {array.dtype} of shape {array.shape}"
+        )
+    return float(array.reshape(()))
+
+
 def _open(path: str | os.PathLike[str]) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)

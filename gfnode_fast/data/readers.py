@@ -11,7 +11,7 @@ import numpy as np
 
 from gfnode_fast.data.compact import COMPACT_KEYS, decode_compact
 from gfnode_fast.data.external import read_ase, read_mdtraj
-from gfnode_fast.data.npz import read_arrays, read_headers, read_metadata
+from gfnode_fast.data.npz import read_arrays, read_headers, read_metadata, read_number
 from gfnode_fast.data.trajectory import Array, Trajectory, TrajectoryError, agree_dt, checked_dt
 
 Format = Literal["native", "compact", "md17", "rmd17", "md22", "sparse", "ase", "mdtraj"]
@@ -157,7 +157,7 @@ def _found_dt(arrays: dict[str, Array], metadata: dict[str, object], path: Path)
     `frame_dt_fs` is their product.
     """
     if "dt_fs" in arrays:
-        return float(_scalar(arrays["dt_fs"], path, "dt_fs"))
+        return read_number(arrays, "dt_fs", path)
     try:
         if "frame_dt_fs" in metadata:
             return float(metadata["frame_dt_fs"])  # type: ignore[arg-type]
@@ -169,14 +169,6 @@ def _found_dt(arrays: dict[str, Array], metadata: dict[str, object], path: Path)
             f"got {error}"
         ) from error
     return None
-
-
-def _scalar(array: Array, path: Path, key: str) -> float:
-    if array.size != 1 or array.dtype.kind not in "iuf":
-        raise TrajectoryError(
-            f"{path}: key '{key}' must be one number, got {array.dtype} of shape {array.shape}"
-        )
-    return float(array.reshape(()))
 
 
 def _text(array: Array) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from gfnode_fast.data.files import atomic_write
 
 FORMAT = "gfnode_fast checkpoint"
 VERSION = 1
+PARTS = ("model", "state")
 
 
 class CheckpointError(ValueError):
@@ -43,13 +44,29 @@ class Checkpoint:
     state: dict[str, Tensor]
     manifest: dict[str, Any]
 
-    def section(self, prefix: str) -> dict[str, Tensor]:
-        """The state tensors under ``prefix.``, with the prefix removed."""
-        return {
+    def value(self, name: str, kind: Any) -> Any:
+        """A value of the manifest, ``position.step`` of its section ``position``.
+
+        Raises:
+            CheckpointError: it is not there, or no ``kind`` (a type, or a union of types).
+        """
+        return _value(self.path, self.manifest, name, kind)
+
+    def section(self, prefix: str, names: Iterable[str] = ()) -> dict[str, Tensor]:
+        """The state tensors under ``prefix.``, with the prefix removed.
+
+        Raises:
+            CheckpointError: one of ``names`` is not among them.
+        """
+        found = {
             name.removeprefix(prefix + "."): tensor
             for name, tensor in self.state.items()
             if name.startswith(prefix + ".")
         }
+        for name in names:
+            if name not in found:
+                raise self._other("state", f"'{prefix}.{name}'", "none of that name")
+        return found
 
     def load_weights(self, model: nn.Module) -> None:
         """Give ``model``, of the run's dtype, the stored weights.
@@ -182,7 +199,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = find_checkpoint(path)
     manifest = _read_manifest(path)
     parts = {}
-    for part in ("model", "state"):
+    for part in PARTS:
         entry = manifest["files"][part]
         file = path.with_name(Path(entry["name"]).name)
         if not file.is_file():
@@ -210,7 +227,23 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     digest = manifest.pop("sha256", None)
     if digest != _digest(manifest):
         raise _broken(path, f"of SHA-256 {str(digest)[:16]}…", f"{_digest(manifest)[:16]}…")
+    for part in PARTS:
+        for entry in ("name", "sha256"):
+            _value(path, manifest, f"files.{part}.{entry}", str)
     return manifest
+
+
+def _value(path: Path, manifest: Mapping[str, Any], name: str, kind: Any) -> Any:
+    found: Any = manifest
+    for key in name.split("."):
+        try:
+            found = found[int(key) if isinstance(found, list) else key]
+        except (LookupError, TypeError, ValueError):
+            raise _broken(path, f"a manifest with {name!r}", "one without it") from None
+    if not isinstance(found, kind):
+        expected = getattr(kind, "__name__", str(kind))
+        raise _broken(path, f"a manifest with {name!r} of type {expected}", repr(found))
+    return found
 
 
 def _kind(tensor: Tensor) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import threading
 import time
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,17 +327,13 @@ class _Run:
             "position": dataclasses.asdict(self.position),
         }
         if name == "last":
-            state |= self.step.tensors()
-            state["random.cpu"] = torch.get_rng_state()
-            if self.device.type == "cuda":
-                state["random.cuda"] = torch.cuda.get_rng_state(self.device)
-            manifest["optimizer_groups"] = self.step.groups()
+            state |= self.step.tensors() | self._random_state()
         write_checkpoint(
             self.output, name, model=self.model.state_dict(), state=state, manifest=manifest
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        stored_device = checkpoint.manifest["device"]
+        stored_device = checkpoint.value("device", str)
         if stored_device != self.device.type:
             raise ConfigError(
                 f"train: `device` must be of the kind that the run was started on "
@@ -345,10 +342,20 @@ class _Run:
         self._warn_if_bits_may_differ(checkpoint)
         checkpoint.load_weights(self.model)
         self.step.restore(checkpoint)
-        self.position = _Position(**checkpoint.manifest["position"])
+        kinds = typing.get_type_hints(_Position)
+        self.position = _Position(
+            **{name: checkpoint.value(f"position.{name}", kind) for name, kind in kinds.items()}
+        )
+        checkpoint.check("state", self._random_state())
         torch.set_rng_state(checkpoint.state["random.cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint.state["random.cuda"], self.device)
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
 
     def _warn_if_bits_may_differ(self, checkpoint: Checkpoint) -> None:
         if self.device.type != "cpu" or not self.ranks.is_first:
@@ -371,7 +378,7 @@ def _decides_bits() -> dict[str, object]:
 
 def _read_resumable(config: TrainConfig) -> Checkpoint:
     checkpoint = read_checkpoint(Path(config.output) / "last.json")
-    changed = differences(config_from_dict(checkpoint.manifest["config"]), config)
+    changed = differences(config_from_dict(checkpoint.value("config", dict)), config)
     if changed:
         raise ConfigError(
             f"train: `config` must be the one that the run in {config.output} was started with, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,31 @@ class StoredMolecule:
 
 
 def stored_molecules(checkpoint: Checkpoint) -> dict[str, StoredMolecule]:
-    """The molecules of a checkpoint, by name."""
-    manifest = checkpoint.manifest
-    names = config_from_dict(manifest["config"]).data.by_molecule()
-    several = manifest.get("molecules")
-    if several is None:
-        entries, sections = [manifest], ["graph"]
-    else:
-        entries, sections = several, [f"graph.{k}" for k in range(len(several))]
-    graphs = [graph_from_tensors(checkpoint.section(section)) for section in sections]
-    largest = None if several is None else _largest_number(graphs)
+    """The molecules of a checkpoint, by name.
+
+    Raises:
+        CheckpointError: it lacks something of them.
+    """
+    data = config_from_dict(checkpoint.value("config", dict)).data
+    names = list(data.by_molecule())
+    entries, sections = [""], ["graph"]
+    if data.is_mixed:
+        entries = [f"molecules.{k}." for k in range(len(names))]
+        sections = [f"graph.{k}" for k in range(len(names))]
+    parts = [field.name for field in fields(MolecularGraph)]
+    graphs = [graph_from_tensors(checkpoint.section(section, parts)) for section in sections]
+    largest = _largest_number(graphs) if data.is_mixed else None
     return {
-        name: StoredMolecule(graph, entry["num_atoms"], entry["dt_fs"], entry["data"], largest)
+        name: StoredMolecule(
+            graph=graph,
+            num_atoms=checkpoint.value(f"{entry}num_atoms", int),
+            dt_fs=checkpoint.value(f"{entry}dt_fs", int | float),
+            data_hashes={
+                part: checkpoint.value(f"{entry}data.{part}", str)
+                for part in ("trajectory", "windows")
+            },
+            largest_number=largest,
+        )
         for name, entry, graph in zip(names, entries, graphs, strict=True)
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,22 +77,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{i}.{name}": tensor for i, entry in state.items() for name, tensor in entry.items()}
 
 
-def optimizer_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The optimiser's parameter groups as plain values; reads a captured step's rate, a tensor."""
-    groups: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
-    return [group | {"lr": float(group["lr"])} for group in groups]
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, Tensor],
-    groups: list[dict[str, Any]],
-) -> None:
-    """Inverse of :func:`optimizer_tensors` and :func:`optimizer_groups`."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Inverse of :func:`optimizer_tensors`; rates and other options stay the optimiser's own."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".")
         state.setdefault(int(index), {})[name] = tensor
-    # JSON has no tuples, and Adam's betas are one.
-    groups = [{**group, "betas": tuple(group["betas"])} for group in groups]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

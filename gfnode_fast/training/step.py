@@ -25,7 +25,6 @@ from gfnode_fast.training.optimizer import (
     GuardedAdam,
     clip_to_norm,
     learning_rate,
-    optimizer_groups,
     optimizer_tensors,
     restore_optimizer,
 )
@@ -198,27 +197,21 @@ class BatchStep:
             tensors |= {f"average.{k}": t for k, t in self.average.tensors().items()}
         return tensors
 
-    def groups(self) -> list[dict[str, Any]]:
-        """The optimiser's parameter groups, for the checkpoint's manifest."""
-        return optimizer_groups(self._optimizer)
-
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Inverse of `tensors` and `groups`, from the checkpoint that they were written to.
+        """Inverse of `tensors`, from the checkpoint that they were written to.
 
         Raises:
             CheckpointError: it holds tensors of another run.
         """
         expected = self.tensors()
         for k, parameter in enumerate(self._model.parameters()):
-            moments = (f"optimizer.{k}.exp_avg", f"optimizer.{k}.exp_avg_sq")
+            own = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            own = {f"optimizer.{k}.{name}": tensor for name, tensor in own.items()}
             # None yet before the first step, or without a gradient.
-            expected |= {name: parameter for name in moments if name in checkpoint.state}
+            if not own.keys().isdisjoint(checkpoint.state):
+                expected |= own
         checkpoint.check("state", expected)
-        restore_optimizer(
-            self._optimizer,
-            checkpoint.section("optimizer"),
-            checkpoint.manifest["optimizer_groups"],
-        )
+        restore_optimizer(self._optimizer, checkpoint.section("optimizer"))
         if self.average is not None:
             self.average.restore(checkpoint.section("average"))
         self._readings.copy_(checkpoint.state["readings"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -91,8 +90,7 @@ def load_models(
     The weights are the same: a GFNODE's parameters are a FourierMD's.
     """
     checkpoint = read_checkpoint(path)
-    manifest: dict[str, Any] = checkpoint.manifest
-    config = config_from_dict(manifest["config"])
+    config = config_from_dict(checkpoint.value("config", dict))
     place, dtype = resolve_device(device), torch_dtype(config)
     models = {}
     for (name, molecule), data in zip(
@@ -108,8 +106,8 @@ def load_models(
             config=own,
             dt_fs=molecule.dt_fs,
             data_hashes=molecule.data_hashes,
-            step=manifest["position"]["step"],
-            epoch=manifest["position"]["epoch"],
+            step=checkpoint.value("position.step", int),
+            epoch=checkpoint.value("position.epoch", int),
             path=checkpoint.path,
             molecule=name if config.data.is_mixed else None,
             largest_number=molecule.largest_number,

@@ -75,7 +75,7 @@ def test_samples_fit_the_package():
     assert sum(sizes) <= 4 * 2**20
 
 
-def test_damaged_planes_do_not_match_the_hash(tmp_path):
+def test_damage_is_named(tmp_path):
     write_compact(make_trajectory(20), tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz") as file:
         arrays = dict(file)
@@ -83,11 +83,21 @@ def test_damaged_planes_do_not_match_the_hash(tmp_path):
         ({"planes": arrays["planes"] ^ np.uint8(1)}, "key 'sha256' must match the positions"),
         ({"planes": arrays["planes"][:, :-1]}, r"key 'planes' must be uint8 of shape \(4, 540\)"),
         ({"shape": np.array([20, 9])}, "key 'planes' must be uint8"),
+        ({"shape": np.array("20")}, "key 'shape' must hold integers"),
         ({"compact": np.int64(2)}, "key 'compact' must be version 1, got 2"),
+        ({"compact": np.array("x")}, "key 'compact' must be one number"),
+        ({"quantum": np.array("x")}, "key 'quantum' must be one number"),
+        ({"dt_fs": np.ones(2)}, "key 'dt_fs' must be one number"),
+        ({"metadata": np.array("{")}, "key 'metadata' must be a string with a JSON object"),
+        ({"metadata": np.array("[]")}, "key 'metadata' must be a string with a JSON object"),
     ):
         np.savez(tmp_path / "b.npz", **{**arrays, **change})
         with pytest.raises(TrajectoryError, match=message):
             load_trajectory(tmp_path / "b.npz")
+    for key in arrays:
+        np.savez(tmp_path / "b.npz", **{k: v for k, v in arrays.items() if k != key})
+        with pytest.raises(TrajectoryError, match=rf"b\.npz: key '{key}' is missing; the file has"):
+            load_trajectory(tmp_path / "b.npz", format="compact")
 
 
 def test_refusals(tmp_path):

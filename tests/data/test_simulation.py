@@ -112,6 +112,13 @@ def test_another_run_is_refused(tmp_path):
     elsewhere.positions[0] += 0.1
     with pytest.raises(ValueError, match="`path` must not have the state of another run"):
         run_dynamics(elsewhere, forgetful_emt, SETTINGS, path)
+    state = Path(f"{path}.state.npz")
+    whole = state.read_bytes()
+    with np.load(state) as file:
+        np.savez(state, **{**file, "rng": np.array('{"bit_generator": "PCG64"}')})
+    with pytest.raises(ValueError, match=r"state\.npz with a damaged key 'rng' .*; delete it"):
+        run_dynamics(copper(), forgetful_emt, SETTINGS, path)
+    state.write_bytes(whole)
     Path(f"{path}.frames").write_bytes(b"")
     with pytest.raises(ValueError, match=r"`path` must have all \d+ bytes of frames"):
         run_dynamics(copper(), forgetful_emt, SETTINGS, path)

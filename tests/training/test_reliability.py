@@ -5,23 +5,27 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 
 from benchmarks import reliability, report
-from forged_checkpoint import forge
+from forged_checkpoint import forge, forge_manifest
 from full_disk import FullDisk, no_file_larger_than
 from gfnode_fast.cli.main import main
 from gfnode_fast.data import Trajectory, TrajectoryError, WriteError
 from gfnode_fast.training import CheckpointError, ConfigError, TrainConfig, load_model, train
 from gfnode_fast.training.extxyz import write_extxyz
 from run_comparison import assert_same_run
-from small_run import small_config, small_trajectory
+from small_run import mixed_config, mixed_files, small_config, small_trajectory
 
 
 @pytest.mark.slow
@@ -174,6 +178,63 @@ def test_another_model_s_optimiser_is_refused(
     other = r"`.*run/last-.*state.* with 'optimizer.*' as float32 of .*12.*, got float32 of .*8"
     with pytest.raises(CheckpointError, match=other):
         train(config, resume=True)
+
+
+OPTIONAL = ("config.", "torch", "threads", "molecules.0.name", "molecules.1.name")
+
+
+def forgeries(values: Any, *above: str) -> Iterator[tuple[str, Any]]:
+    """Every entry by its name, and the values without it."""
+    for key in range(len(values)) if isinstance(values, list) else values:
+        name = ".".join((*above, str(key)))
+        if isinstance(values, dict):
+            yield name, {k: v for k, v in values.items() if k != key}
+        if isinstance(values[key], dict | list):
+            for inner, forged in forgeries(values[key], *above, str(key)):
+                changed = copy.copy(values)
+                changed[key] = forged
+                yield inner, changed
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_manifest_without_an_entry_is_refused_by_its_name(
+    trajectory_file: Path, tmp_path: Path, mixed: bool
+) -> None:
+    run = tmp_path / "run"
+    config = small_config(trajectory_file, run)
+    if mixed:
+        config = mixed_config(mixed_files(tmp_path), run)
+    train(replace(config, max_steps=1))
+    whole = json.loads((run / "last.json").read_bytes())
+    del whole["sha256"]
+    found = 0
+    for name, forged in forgeries(whole):
+        if name.startswith(OPTIONAL):
+            continue
+        forge_manifest(run / "last.json", forged)
+        expected = {"format": "another kind of file", "version": "version None"}
+        said = expected.get(name, rf"manifest with '{name}.*', got one without it")
+        with pytest.raises(CheckpointError, match=rf"last\.json` must be .*{said}; restore"):
+            train(config, resume=True)
+        found += 1
+    assert found > 20
+    forge_manifest(run / "last.json", whole | {"position": whole["position"] | {"step": None}})
+    with pytest.raises(CheckpointError, match=r"'position\.step' of type int, got None; restore"):
+        train(config, resume=True)
+
+
+def test_a_state_without_a_tensor_is_refused_by_its_name(
+    trajectory_file: Path, tmp_path: Path
+) -> None:
+    config = small_config(trajectory_file, tmp_path / "run")
+    train(replace(config, max_steps=1))
+    (file,) = (tmp_path / "run").glob("last-*.state.*")
+    whole = safetensors.torch.load(file.read_bytes())
+    for name in ("graph.eigvecs", "optimizer.0.step", "optimizer.0.exp_avg", "random.cpu"):
+        left = {key: tensor for key, tensor in whole.items() if key != name}
+        forge(tmp_path / "run" / "last.json", "state", safetensors.torch.save(left))
+        with pytest.raises(CheckpointError, match=f"state.* with '{name}'.*, got none of that"):
+            train(config, resume=True)
 
 
 def test_another_thread_count_is_warned_of(
