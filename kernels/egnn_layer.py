@@ -32,7 +32,7 @@ NaN would spoil the others of its tile. Taking one edge of each node of a tile a
 sums in registers, but tiles of one molecule would be half empty.
 Considered for the program's own memory: all of it in registers; see `feature_tiles`.
 
-Per edge at K = 96: forward 37 kflop, backward 110 kflop; 0.8 kB from the node state's side, mostly
+Per edge at K = 96: forward 43 kflop, backward 116 kflop; 0.8 kB from the node state's side, mostly
 from the caches, and the weights once per tile of edges.
 No atomics; every sum has a fixed order. 64-bit addresses.
 Tuned on: none yet; not yet run on hardware.
@@ -51,6 +51,8 @@ from gfnode_fast.kernels.feature_tiles import (
 )
 from gfnode_fast.kernels.graph_tiles import (
     edges_of_nodes,
+    feature_columns,
+    feature_weights,
     load_point,
     nodes_of_item,
     split_products,
@@ -77,26 +79,13 @@ def distance(x_i, x_j, NORM: tl.constexpr):
     return r, q, slope
 
 
-@triton.jit
-def hidden_summand(
-    node_products_ptr, edge_fea_ptr, message0_ptr, stride_m0, message0_bias_ptr, target, source,
-    edge, q, live, c, width, hidden, depth,
-):  # fmt: skip
-    """u of the columns c."""
-    u = summand_tile(
-        node_products_ptr, edge_fea_ptr, message0_ptr + 1 + 2 * width, stride_m0, message0_bias_ptr,
-        target, source, edge, live, c, hidden, depth,
-    )  # fmt: skip
-    weight = tl.load(message0_ptr + c * stride_m0, mask=c < hidden, other=0.0)
-    return u + q[:, None] * weight[None, :]
-
-
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def _egnn_layer_fwd_kernel(
     x_ptr,
     v_ptr,
     h_ptr,
     edge_fea_ptr,
+    order_ptr,
     row_start_ptr,
     row_ptr,
     col_ptr,
@@ -134,6 +123,7 @@ def _egnn_layer_fwd_kernel(
     SILU: tl.constexpr,
     WHOLE: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     MODE: tl.constexpr,
@@ -146,6 +136,7 @@ def _egnn_layer_fwd_kernel(
     hidden_ptr = own_ptr + program * (BLOCK_R * hidden + CHUNK * (width + 3))
     message_ptr = hidden_ptr + BLOCK_R * hidden
     moved_ptr = message_ptr + CHUNK * width
+    p_index = tl.arange(0, BLOCK_P)
     r_index = tl.arange(0, BLOCK_R)
     every = r_index >= 0
     offset = tl.load(coordinate2_bias_ptr)
@@ -185,12 +176,18 @@ def _egnn_layer_fwd_kernel(
                     source = base + tl.load(col_ptr + edge, mask=live, other=0)
                     x_i = load_point(x_ptr, target, live)
                     r, q, _ = distance(x_i, load_point(x_ptr, source, live), NORM)
+                    features = feature_columns(
+                        edge_fea_ptr, order_ptr, edge, q, live, p_index, depth, MODE
+                    )  # fmt: skip
                     for column in range(0, hidden, BLOCK_C):
                         c = column + tl.arange(0, BLOCK_C)
-                        u = hidden_summand(
-                            node_products_ptr, edge_fea_ptr, message0_ptr, stride_m0,
-                            message0_bias_ptr, target, source, edge, q, live, c, width, hidden,
-                            depth,
+                        weights = feature_weights(
+                            message0_ptr, stride_m0, 1 + 2 * width, message0_bias_ptr, c, p_index,
+                            hidden, depth, MODE,
+                        )  # fmt: skip
+                        u = summand_tile(
+                            node_products_ptr, features, weights, target, source, live, c, hidden,
+                            MODE,
                         )  # fmt: skip
                         u = activate(u, SILU, MODE)
                         store_tile(hidden_ptr, r_index * hidden, c, every, hidden, u)

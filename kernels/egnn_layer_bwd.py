@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from gfnode_fast.kernels.egnn_layer import MAX_DISPLACEMENT, distance, hidden_summand
+from gfnode_fast.kernels.egnn_layer import MAX_DISPLACEMENT, distance
 from gfnode_fast.kernels.feature_tiles import (
     activate_with_slope,
     add_column_sums,
@@ -18,8 +18,10 @@ from gfnode_fast.kernels.feature_tiles import (
 from gfnode_fast.kernels.graph_tiles import (
     edges_of_nodes,
     feature_columns,
+    feature_weights,
     load_point,
     split_products,
+    summand_tile,
 )
 from gfnode_fast.kernels.integers import BATCH_SIZES
 
@@ -136,6 +138,7 @@ def _egnn_edge_bwd_kernel(
     x_ptr,
     node_products_ptr,
     edge_fea_ptr,
+    order_ptr,
     row_ptr,
     col_ptr,
     message0_ptr,
@@ -161,6 +164,7 @@ def _egnn_edge_bwd_kernel(
     hidden,
     depth,
     BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     NORM: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -186,6 +190,7 @@ def _egnn_edge_bwd_kernel(
     r_index = tl.arange(0, BLOCK_R)
     every = r_index >= 0
     d_index = tl.arange(0, BLOCK_D)
+    p_index = tl.arange(0, BLOCK_P)
     offset = tl.load(coordinate2_bias_ptr)
     grad_offset = tl.zeros((BLOCK_R,), offset.dtype)
     tiles = tl.cdiv(num_edges, BLOCK_R)
@@ -198,11 +203,15 @@ def _egnn_edge_bwd_kernel(
         source = base + tl.load(col_ptr + edge, mask=live, other=0)
         x_i = load_point(x_ptr, target, live)
         r, q, _ = distance(x_i, load_point(x_ptr, source, live), NORM)
+        features = feature_columns(edge_fea_ptr, order_ptr, edge, q, live, p_index, depth, MODE)
         for start in range(0, hidden, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
-            u = hidden_summand(
-                node_products_ptr, edge_fea_ptr, message0_ptr, stride_m0, message0_bias_ptr, target,
-                source, edge, q, live, c, width, hidden, depth,
+            weights = feature_weights(
+                message0_ptr, stride_m0, 1 + 2 * width, message0_bias_ptr, c, p_index, hidden,
+                depth, MODE,
+            )  # fmt: skip
+            u = summand_tile(
+                node_products_ptr, features, weights, target, source, live, c, hidden, MODE
             )  # fmt: skip
             active, slope = activate_with_slope(u, SILU, MODE)
             store_tile(hidden_ptr, r_index * hidden, c, every, hidden, active)
@@ -278,15 +287,14 @@ def _egnn_edge_bwd_kernel(
         for axis in tl.static_range(3):
             grad_r = f * grad_shift[axis] + grad_q * r[axis]
             tl.store(grad_r_ptr + at * 3 + axis, grad_r, mask=live)
-        extra = feature_columns(edge_fea_ptr, edge, live, d_index, depth)
-        extra = tl.where((d_index == 0)[None, :], q[:, None], extra)
+        features = feature_columns(edge_fea_ptr, order_ptr, edge, q, live, d_index, depth, "ieee")
         for start in range(0, hidden, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             inside = (c < hidden)[:, None] & live[None, :]
             grad = tl.load(grad_u_ptr + at[None, :] * hidden + c[:, None], inside, other=0.0)
             to = extra_ptr + c[:, None] * BLOCK_D + d_index[None, :]
             inside = (c < hidden)[:, None] & (d_index >= 0)[None, :]
-            total = tl.load(to, mask=inside, other=0.0) + dot(grad, extra, MODE)
+            total = tl.load(to, mask=inside, other=0.0) + dot(grad, features, MODE)
             tl.store(to, total, mask=inside)
     to = bias_ptr + width + 2 * hidden
     tl.store(to, tl.load(to) + tl.sum(grad_offset, axis=0))

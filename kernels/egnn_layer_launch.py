@@ -1,4 +1,5 @@
-"""Launchers of the EGNN layer: state of T copies (T*n, ...), edges of one copy sorted by row."""
+"""Launchers of the EGNN layer: state of T copies (T*n, ...), edges of one copy sorted by row, their
+features as the caller has them."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ from gfnode_fast.kernels.egnn_layer_bwd import (
     _egnn_gather_bwd_kernel,
     _egnn_node_bwd_kernel,
 )
-from gfnode_fast.kernels.launch import MAX_GRID, ceil_div, next_power_of_2, on_device_of
+from gfnode_fast.kernels.launch import MAX_GRID, ceil_div, on_device_of
 from gfnode_fast.kernels.registry import AotCase
 from gfnode_fast.kernels.row_products_launch import (
     MODES,
     PER_MULTIPROCESSOR,
     aot_case,
+    feature_blocks,
     forward_items,
     launch_row_linear,
     launch_row_outers,
@@ -28,7 +30,7 @@ from gfnode_fast.kernels.row_products_launch import (
 )
 
 CHUNK = 128  # edges of which messages wait to be summed; a multiple of BLOCK_R
-SPILLS = "48 bytes of stack on sm_80 at widths that 16 does not divide, with the least tile"
+SPILLS = "120 bytes of stack at widths that 16 does not divide, with the least tile"
 EDGE_BUFFER_BYTES = 32 << 20  # of gradients edge by edge: copies are taken together up to this
 
 
@@ -49,7 +51,7 @@ def launch_egnn_layer_fwd(
     neighbours: the fields of `gfnode_fast.ops.topology.Neighbours`. weights: four each of the
     message, coordinate, velocity and node MLP. max_nodes: of a molecule, if known.
     """
-    row_start, row, col, _, _, block_start = neighbours
+    order, row_start, row, col, _, _, block_start = neighbours
     (rows, width), message0, depth = h.shape, weights[0], edge_fea.shape[1]
     hidden, num_nodes = message0.shape[0], row_start.shape[0] - 1
     x_out, h_out = torch.empty_like(x), torch.empty_like(h)
@@ -68,9 +70,10 @@ def launch_egnn_layer_fwd(
     own = h.new_empty(programs, block_r * hidden + CHUNK * (width + 3))
     with on_device_of(h):
         _egnn_layer_fwd_kernel[(programs,)](
-            x, v, h, edge_fea, row_start, row, col, block_start, *weights, x_out, h_out, messages,
-            shift, node_products, own, num_nodes, items, copies, message0.stride(0), width, hidden,
-            depth, NORM=norm, SILU=silu, WHOLE=whole, CHUNK=CHUNK, **launched,
+            x, v, h, edge_fea, order, row_start, row, col, block_start, *weights, x_out, h_out,
+            messages, shift, node_products, own, num_nodes, items, copies, message0.stride(0),
+            width, hidden, depth, NORM=norm, SILU=silu, WHOLE=whole, CHUNK=CHUNK,
+            BLOCK_P=feature_blocks(depth)["BLOCK_P"], **launched,
         )  # fmt: skip
     return x_out, h_out, messages, shift
 
@@ -92,11 +95,12 @@ def launch_egnn_layer_bwd(
     wants_edge_fea: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, v, h, edge_fea ((0,) unless wanted), and of the 16 weights end to end."""
-    row_start, row, col, source_start, source_edge, _ = neighbours
+    order, row_start, row, col, source_start, source_edge, _ = neighbours
     message0, velocity, node = weights[0], weights[8:12], weights[12:]
     (rows, width), num_nodes, num_edges = h.shape, row_start.shape[0] - 1, col.shape[0]
     hidden, depth, num_copies = message0.shape[0], edge_fea.shape[1], rows // max(num_nodes, 1)
-    block_d = max(16, next_power_of_2(depth + 2))
+    blocks = feature_blocks(depth)
+    block_d = blocks["BLOCK_D"]
     launched = tile(mode(h, precision)) | {"width": width, "hidden": hidden}
     launched["stride_m0"], block_r = message0.stride(0), launched["BLOCK_R"]
 
@@ -123,9 +127,9 @@ def launch_egnn_layer_bwd(
         for first in range(0, num_copies, copies):
             taken = min(copies, num_copies - first)
             _egnn_edge_bwd_kernel[(edge_programs,)](
-                x, node_products, edge_fea, row, col, *weights[:8], grad_messages, grad_shift,
-                grad_u, grad_r, edge_sums, own, num_nodes, num_edges, first, taken, **launched,
-                depth=depth, BLOCK_D=block_d, NORM=norm, SILU=silu,
+                x, node_products, edge_fea, order, row, col, *weights[:8], grad_messages,
+                grad_shift, grad_u, grad_r, edge_sums, own, num_nodes, num_edges, first, taken,
+                **launched, depth=depth, **blocks, NORM=norm, SILU=silu,
             )  # fmt: skip
             _egnn_gather_bwd_kernel[(ceil_div(num_nodes, block_r), taken)](
                 grad_u, grad_r, grad_x_out, grad_hidden, grad_x, grad_h, row_start, source_start,
@@ -153,7 +157,8 @@ def launch_egnn_layer_bwd(
     grad_fea = h.new_empty(0)
     if grad_edge is not None:
         turned = message0[:, 2 * width + 1 :].t()
-        grad_fea = launch_row_linear(grad_edge, turned, None, 1, depth, precision)
+        sorted_fea = launch_row_linear(grad_edge, turned, None, 1, depth, precision)
+        grad_fea = torch.empty_like(sorted_fea).index_copy_(0, order, sorted_fea)
     of_weights = (
         torch.cat((extra[:, :1], of_row, of_col, extra[:, 1 : depth + 1]), dim=1),
         extra[:, depth + 1], grad_message2, grad_message2_bias,
@@ -167,17 +172,17 @@ def launch_egnn_layer_bwd(
 
 def aot_cases() -> list[AotCase]:
     """Widths that 16 divides, as 64 and 96, and any; the published 5 edge features."""
-    layer: dict[str, object] = {"NORM": False, "SILU": True}
+    layer: dict[str, object] = {"NORM": False, "SILU": True, **feature_blocks(5)}
     forward = {**layer, "CHUNK": CHUNK, "WHOLE": True}
-    edge_bwd, aligned = {**layer, "BLOCK_D": 16}, ("width", "hidden")
+    aligned = ("width", "hidden")
     cases = [
         aot_case(kernel, name, precision, more, aligned)
         for precision in MODES
         for kernel, name, more in (
             (_egnn_layer_fwd_kernel, "egnn_layer_fwd", forward),
-            (_egnn_node_bwd_kernel, "egnn_node_bwd", {"SILU": True}),
-            (_egnn_edge_bwd_kernel, "egnn_edge_bwd", edge_bwd),
-            (_egnn_gather_bwd_kernel, "egnn_gather_bwd", {}),
+            (_egnn_node_bwd_kernel, "egnn_node_bwd", layer),
+            (_egnn_edge_bwd_kernel, "egnn_edge_bwd", layer),
+            (_egnn_gather_bwd_kernel, "egnn_gather_bwd", layer),
         )
     ]
     # any width where it costs registers most; tiles: the same less a phase
@@ -185,6 +190,6 @@ def aot_cases() -> list[AotCase]:
     return [
         *cases,
         aot_case(_egnn_layer_fwd_kernel, "egnn_layer_fwd any width", "fp32", forward, ()),
-        aot_case(_egnn_edge_bwd_kernel, "egnn_edge_bwd any width", "fp32", edge_bwd, (), SPILLS),
+        aot_case(_egnn_edge_bwd_kernel, "egnn_edge_bwd any width", "fp32", layer, (), SPILLS),
         aot_case(_egnn_layer_fwd_kernel, "egnn_layer_fwd tiles", "fp32", tiles, aligned),
     ]

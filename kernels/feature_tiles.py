@@ -78,6 +78,27 @@ def dot(a, b, MODE: tl.constexpr):
 
 
 @triton.jit
+def split_tile(x, part, low, MODE: tl.constexpr):
+    """What tf32 holds of x, and in the columns whose part is `low` what it leaves.
+
+    Where [x, x, x] has parts 0, 1, 2, with `low` 1 in one operand and 2 in the other, their product
+    is fp32-faithful in one product of tf32, without its rounding of fp32 in any mode.
+    """
+    if MODE == "ieee":
+        return tl.where(part == 0, x, 0.0).to(x.dtype)
+    else:
+        high = _round_tf32(x, "tf32 emulated")
+        return tl.where(part == low, x - high, tl.where(part < 3, high, 0.0))
+
+
+@triton.jit
+def dot_of_parts(a, b, MODE: tl.constexpr):
+    """The product of two tiles from `split_tile`."""
+    precision: tl.constexpr = "ieee" if MODE == "ieee" else "tf32"
+    return tl.dot(a, b, input_precision=precision, out_dtype=a.dtype)
+
+
+@triton.jit
 def product_tile(
     a_ptr,
     at,

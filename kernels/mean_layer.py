@@ -36,6 +36,8 @@ from gfnode_fast.kernels.feature_tiles import (
 )
 from gfnode_fast.kernels.graph_tiles import (
     edges_of_nodes,
+    feature_columns,
+    feature_weights,
     nodes_of_item,
     split_products,
     summand_tile,
@@ -104,6 +106,7 @@ def _mean_layer_fwd_kernel(
     v_ptr,
     h_ptr,
     edge_fea_ptr,
+    order_ptr,
     row_start_ptr,
     col_ptr,
     block_start_ptr,
@@ -130,6 +133,7 @@ def _mean_layer_fwd_kernel(
     hidden,
     hidden_n,
     depth,
+    BLOCK_P: tl.constexpr,
     SILU: tl.constexpr,
     CONCAT: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -141,6 +145,7 @@ def _mean_layer_fwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     message_ptr = own_ptr + program * BLOCK_R * (width + hidden_n)
     hidden_ptr = message_ptr + BLOCK_R * width
+    p_index = tl.arange(0, BLOCK_P)
     r_index = tl.arange(0, BLOCK_R)
     every = r_index >= 0
     for item in range(program, num_items * num_copies, tl.num_programs(0)):
@@ -170,13 +175,18 @@ def _mean_layer_fwd_kernel(
             for column in range(0, hidden, BLOCK_C):
                 c = column + tl.arange(0, BLOCK_C)
                 total = tl.zeros((BLOCK_R, BLOCK_C), x_ptr.dtype.element_ty)
+                weights = feature_weights(
+                    edge0_ptr, stride_e0, 2 * width, edge0_bias_ptr, c, p_index, hidden, depth, MODE
+                )  # fmt: skip
                 for k in range(0, tl.max(degree, axis=0)):
                     live = k < degree
                     edge = first_edge + k
                     source = base + tl.load(col_ptr + edge, mask=live, other=0)
+                    features = feature_columns(
+                        edge_fea_ptr, order_ptr, edge, None, live, p_index, depth, MODE
+                    )  # fmt: skip
                     u = summand_tile(
-                        node_products_ptr, edge_fea_ptr, edge0_ptr + 2 * width, stride_e0,
-                        edge0_bias_ptr, row, source, edge, live, c, hidden, depth,
+                        node_products_ptr, features, weights, row, source, live, c, hidden, MODE,
                     )  # fmt: skip
                     total += tl.where(live[:, None], activate(u, SILU, MODE), 0.0)
                 store_tile(means_ptr, row * hidden, c, mask, hidden, total / count[:, None])

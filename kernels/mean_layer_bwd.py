@@ -14,6 +14,7 @@ from gfnode_fast.kernels.feature_tiles import (
 from gfnode_fast.kernels.graph_tiles import (
     edges_of_nodes,
     feature_columns,
+    feature_weights,
     split_products,
     summand_tile,
 )
@@ -124,6 +125,7 @@ def _mean_edge_bwd_kernel(
     grad_sum_ptr,
     node_products_ptr,
     edge_fea_ptr,
+    order_ptr,
     row_start_ptr,
     row_ptr,
     col_ptr,
@@ -145,6 +147,7 @@ def _mean_edge_bwd_kernel(
     hidden_n,
     depth,
     BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     SILU: tl.constexpr,
     CONCAT: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -159,6 +162,7 @@ def _mean_edge_bwd_kernel(
     sums_ptr += program * hidden * BLOCK_D
     stride_g = 2 * hidden + hidden_n
     d_index = tl.arange(0, BLOCK_D)
+    p_index = tl.arange(0, BLOCK_P)
     acc = grad_x_ptr.dtype.element_ty
     tiles = tl.cdiv(num_nodes, BLOCK_R)
     for item in range(program, tiles * num_copies, tl.num_programs(0)):
@@ -173,35 +177,50 @@ def _mean_edge_bwd_kernel(
             grad_sum = load_tile(grad_sum_ptr, row * hidden, c, mask, hidden)
             total = tl.zeros((BLOCK_R, BLOCK_C), acc)
             extra = tl.zeros((BLOCK_C, BLOCK_D), acc)
+            weights = feature_weights(
+                edge0_ptr, stride_e0, 2 * width, edge0_bias_ptr, c, p_index, hidden, depth, MODE
+            )  # fmt: skip
             for k in range(0, tl.max(degree, axis=0)):
                 live = k < degree
                 edge = first + k
                 source = base + tl.load(col_ptr + edge, mask=live, other=0)
+                features = feature_columns(
+                    edge_fea_ptr, order_ptr, edge, None, live, p_index, depth, MODE
+                )  # fmt: skip
                 u = summand_tile(
-                    node_products_ptr, edge_fea_ptr, edge0_ptr + 2 * width, stride_e0,
-                    edge0_bias_ptr, row, source, edge, live, c, hidden, depth,
+                    node_products_ptr, features, weights, row, source, live, c, hidden, MODE,
                 )  # fmt: skip
                 _a, slope = activate_with_slope(u, SILU, MODE)
                 grad = tl.where(live[:, None], grad_sum * slope, 0.0)
                 total += grad
-                features = feature_columns(edge_fea_ptr, edge, live, d_index, depth)
+                features = feature_columns(
+                    edge_fea_ptr, order_ptr, edge, None, live, d_index, depth, "ieee"
+                )  # fmt: skip
                 extra += dot(tl.trans(grad), features, MODE)
             store_tile(grad_hidden_ptr, row * stride_g, c, mask, hidden, total)
             to = sums_ptr + c[:, None] * BLOCK_D + d_index[None, :]
             inside = (c < hidden)[:, None] & (d_index >= 0)[None, :]
             tl.store(to, tl.load(to, mask=inside, other=0.0) + extra, mask=inside)
+        # columns a second time: in one loop for both directions registers do not suffice
+        for start in range(0, hidden, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            weights = feature_weights(
+                edge0_ptr, stride_e0, 2 * width, edge0_bias_ptr, c, p_index, hidden, depth, MODE
+            )  # fmt: skip
             total = tl.zeros((BLOCK_R, BLOCK_C), acc)
             for k in range(0, tl.max(degree_out, axis=0)):
                 live = k < degree_out
                 edge = tl.load(source_edge_ptr + first_out + k, mask=live, other=0)
                 target = base + tl.load(row_ptr + edge, mask=live, other=0)
+                features = feature_columns(
+                    edge_fea_ptr, order_ptr, edge, None, live, p_index, depth, MODE
+                )  # fmt: skip
                 u = summand_tile(
-                    node_products_ptr, edge_fea_ptr, edge0_ptr + 2 * width, stride_e0,
-                    edge0_bias_ptr, target, row, edge, live, c, hidden, depth,
+                    node_products_ptr, features, weights, target, row, live, c, hidden, MODE,
                 )  # fmt: skip
                 _a, slope = activate_with_slope(u, SILU, MODE)
                 grad = load_tile(grad_sum_ptr, target * hidden, c, live, hidden)
-                total += tl.where(live[:, None], grad * slope, 0.0)
+                total += grad * slope
             store_tile(grad_hidden_ptr + hidden, row * stride_g, c, mask, hidden, total)
         tl.debug_barrier()
         for start in range(0, width, BLOCK_C):
@@ -225,6 +244,7 @@ def _mean_summand_bwd_kernel(
     grad_sum_ptr,
     node_products_ptr,
     edge_fea_ptr,
+    order_ptr,
     row_ptr,
     col_ptr,
     edge0_ptr,
@@ -237,6 +257,7 @@ def _mean_summand_bwd_kernel(
     width,
     hidden,
     depth,
+    BLOCK_P: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -249,10 +270,14 @@ def _mean_summand_bwd_kernel(
     target = tl.load(row_ptr + edge, mask=mask, other=0)
     source = tl.load(col_ptr + edge, mask=mask, other=0)
     total = tl.zeros((BLOCK_R, BLOCK_C), grad_edge_ptr.dtype.element_ty)
+    p_index = tl.arange(0, BLOCK_P)
+    features = feature_columns(edge_fea_ptr, order_ptr, edge, None, mask, p_index, depth, MODE)
+    weights = feature_weights(
+        edge0_ptr, stride_e0, 2 * width, edge0_bias_ptr, c, p_index, hidden, depth, MODE
+    )  # fmt: skip
     for _ in range(0, num_copies):
         u = summand_tile(
-            node_products_ptr, edge_fea_ptr, edge0_ptr + 2 * width, stride_e0, edge0_bias_ptr,
-            target, source, edge, mask, c, hidden, depth,
+            node_products_ptr, features, weights, target, source, mask, c, hidden, MODE,
         )  # fmt: skip
         _a, slope = activate_with_slope(u, SILU, MODE)
         total += load_tile(grad_sum_ptr, target * hidden, c, mask, hidden) * slope

@@ -1,4 +1,5 @@
-"""Launchers of GraphSAGE and GCN: state of T copies (T*n, ...), edges of one copy sorted by row."""
+"""Launchers of GraphSAGE and GCN: state of T copies (T*n, ...), edges of one copy sorted by
+row, their features as the caller has them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfnode_fast.kernels.launch import ceil_div, next_power_of_2, on_device_of
+from gfnode_fast.kernels.launch import ceil_div, on_device_of
 from gfnode_fast.kernels.mean_layer import _mean_layer_fwd_kernel
 from gfnode_fast.kernels.mean_layer_bwd import (
     _mean_edge_bwd_kernel,
@@ -20,6 +21,7 @@ from gfnode_fast.kernels.row_products_launch import (
     MODES,
     PER_MULTIPROCESSOR,
     aot_case,
+    feature_blocks,
     forward_items,
     launch_row_linear,
     launch_row_outers,
@@ -61,7 +63,7 @@ def launch_mean_layer_fwd(
     neighbours: the fields of `gfnode_fast.ops.topology.Neighbours`. weights: four each of the edge
     and the node MLP. concat: GraphSAGE. max_nodes: of a molecule, if known.
     """
-    row_start, _, col, _, _, block_start = neighbours
+    order, row_start, _, col, _, _, block_start = neighbours
     launched = _launched(h, edge_fea, weights, concat, precision)
     width, hidden = launched["width"], launched["hidden"]
     (rows, _), num_nodes, edge0 = h.shape, row_start.shape[0] - 1, weights[0]
@@ -80,8 +82,9 @@ def launch_mean_layer_fwd(
     own = h.new_empty(programs, block_r, width + launched["hidden_n"])
     with on_device_of(h):
         _mean_layer_fwd_kernel[(programs,)](
-            x, v, h, edge_fea, row_start, col, block_start, *weights, *out, state, means,
+            x, v, h, edge_fea, order, row_start, col, block_start, *weights, *out, state, means,
             node_products, own, num_nodes, items, copies, **launched, SILU=silu, WHOLE=whole,
+            BLOCK_P=feature_blocks(launched["depth"])["BLOCK_P"],
         )  # fmt: skip
     return *out, state, means
 
@@ -101,12 +104,12 @@ def launch_mean_layer_bwd(
     wants_edge_fea: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, v, h, edge_fea ((0,) unless wanted), and of the 8 weights end to end."""
-    row_start, row, col, source_start, source_edge, _ = neighbours
+    order, row_start, row, col, source_start, source_edge, _ = neighbours
     edge0, edge0_bias, edge2, edge2_bias, node0, node0_bias, node2, _ = weights
     rows, num_nodes, num_edges = state.shape[0], row_start.shape[0] - 1, col.shape[0]
     node = _launched(state, edge_fea, weights, concat, precision) | {"SILU": silu}
     width, hidden, hidden_n, depth = (node[k] for k in ("width", "hidden", "hidden_n", "depth"))
-    edge = node | {"BLOCK_D": max(16, next_power_of_2(depth + 2))}
+    edge = node | feature_blocks(depth)
     del node["depth"]
     copies, block_r, block_d = rows // max(num_nodes, 1), node["BLOCK_R"], edge["BLOCK_D"]
 
@@ -128,22 +131,23 @@ def launch_mean_layer_bwd(
             grad_hidden, grad_sum, node_sums, num_nodes, rows, **node,
         )  # fmt: skip
         _mean_edge_bwd_kernel[(edge_programs,)](
-            grad_state, grad_sum, node_products, edge_fea, row_start, row, col, source_start,
+            grad_state, grad_sum, node_products, edge_fea, order, row_start, row, col, source_start,
             source_edge, edge0, edge0_bias, node0, grad_hidden, grad_x, grad_v, grad_h, edge_sums,
             num_nodes, copies, **edge,
         )  # fmt: skip
         if wants_edge_fea:
-            for name in ("CONCAT", "BLOCK_D", "hidden_n"):
+            for name in ("CONCAT", "hidden_n", "BLOCK_D"):
                 del edge[name]
             grad_edge = state.new_empty(num_edges, hidden)
             grid = ceil_div(num_edges, block_r), ceil_div(hidden, edge["BLOCK_C"])
             if num_edges:
                 _mean_summand_bwd_kernel[grid](
-                    grad_sum, node_products, edge_fea, row, col, edge0, edge0_bias, grad_edge,
-                    num_nodes, num_edges, copies, **edge,
+                    grad_sum, node_products, edge_fea, order, row, col, edge0, edge0_bias,
+                    grad_edge, num_nodes, num_edges, copies, **edge,
                 )  # fmt: skip
             turned = edge0[:, 2 * width :].t()
-            grad_fea = launch_row_linear(grad_edge, turned, None, 1, depth, precision)
+            sorted_fea = launch_row_linear(grad_edge, turned, None, 1, depth, precision)
+            grad_fea = torch.empty_like(sorted_fea).index_copy_(0, order, sorted_fea)
 
     grad_node = grad_hidden[:, 2 * hidden :]
     of_state, of_message, grad_node2, grad_edge2 = launch_row_outers(
@@ -167,16 +171,17 @@ def launch_mean_layer_bwd(
 
 def aot_cases() -> list[AotCase]:
     """The widths of GraphSAGE and GCN, 70 and 102, divide nothing; GCN takes less of the same."""
-    layer: dict[str, object] = {"SILU": True, "CONCAT": 1}
+    layer: dict[str, object] = {"SILU": True, "CONCAT": 1, "WHOLE": True, **feature_blocks(5)}
+    kernels = {
+        "mean_layer_fwd": _mean_layer_fwd_kernel,
+        "mean_node_bwd": _mean_node_bwd_kernel,
+        "mean_edge_bwd": _mean_edge_bwd_kernel,
+        "mean_summand_bwd": _mean_summand_bwd_kernel,
+    }
     cases = [
-        aot_case(kernel, name, precision, more, ())
+        aot_case(kernel, name, precision, layer, ())
         for precision in MODES
-        for kernel, name, more in (
-            (_mean_layer_fwd_kernel, "mean_layer_fwd", {**layer, "WHOLE": True}),
-            (_mean_node_bwd_kernel, "mean_node_bwd", layer),
-            (_mean_edge_bwd_kernel, "mean_edge_bwd", {**layer, "BLOCK_D": 16}),
-            (_mean_summand_bwd_kernel, "mean_summand_bwd", {"SILU": True}),
-        )
+        for name, kernel in kernels.items()
     ]
     # the same less a phase
     tiles = {**layer, "WHOLE": False}

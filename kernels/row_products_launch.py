@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from gfnode_fast.kernels.launch import ceil_div, on_device_of
+from gfnode_fast.kernels.launch import ceil_div, dot_block, on_device_of
 from gfnode_fast.kernels.registry import AotCase, unwrap
 from gfnode_fast.kernels.row_products import _row_linear_kernel, _row_outer_kernel
 
@@ -20,7 +20,7 @@ OUTER_BLOCK_R = 32  # 64 spills
 SHARE_R = 64  # shares of rows are multiples of it
 PER_MULTIPROCESSOR = 2  # programs with memory of their own
 INTERPRETED_PROGRAMS = 2
-INDICES = ("row_start", "row", "col", "source_start", "source_edge", "block_start")
+INDICES = ("order", "row_start", "row", "col", "source_start", "source_edge", "block_start")
 MODES = {"fp32": "tf32x3", "tf32": "tf32", "bf16": "bf16", "fp64": "ieee"}
 SPILLS = {"fp64": "for checking only"}
 
@@ -49,6 +49,11 @@ def tile(made_of: str) -> dict[str, Any]:
         "num_stages": 1,  # with more, the loads taken ahead spill
         "maxnreg": 255,  # ptxas would stop at 128, and spill
     }
+
+
+def feature_blocks(depth: int) -> dict[str, int]:
+    """Columns of [q, e, 1], and of its three parts."""
+    return {"BLOCK_D": dot_block(depth + 2), "BLOCK_P": dot_block(3 * (depth + 2))}
 
 
 def num_programs(tensor: Tensor, items: int, per_multiprocessor: int = 1) -> int:

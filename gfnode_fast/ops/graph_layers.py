@@ -106,8 +106,7 @@ def egnn_layer(
 
     if kernels is None:
         _check_same_hidden(weights)
-        fea = edge_fea.index_select(0, edges.order)
-        return on_triton.egnn((x, v, h), fea, edges, weights, activation, norm, precision)
+        return on_triton.egnn((x, v, h), edge_fea, edges, weights, activation, norm, precision)
 
     def layer(state: State, sorted_fea: Tensor) -> State:
         return split_egnn(state, sorted_fea, edges, weights, activation, norm, kernels)
@@ -209,8 +208,8 @@ def _mean_layer(
     kernels = _kernels(op, backend, precision, state[2], activation)
 
     if kernels is None:
-        fea = edge_fea.index_select(0, edges.order)
-        return on_triton.mean(state, fea, edges, weights, activation, node_inputs == 2, precision)
+        concat = node_inputs == 2
+        return on_triton.mean(state, edge_fea, edges, weights, activation, concat, precision)
 
     def layer(state: State, sorted_fea: Tensor) -> State:
         return split_mean(state, sorted_fea, edges, weights, activation, node_inputs == 2, kernels)

@@ -29,7 +29,7 @@ def egnn(
     norm: bool,
     precision: str,
 ) -> State:
-    """An EGNN layer on state (T*n, ...), edge features sorted like the edges."""
+    """An EGNN layer on state (T*n, ...), edge features in the caller's order."""
     given = _given(state, edge_fea, edges, weights)
     form = _is_silu(activation), edges.max_nodes, precision
     x, h, _, _ = torch.ops.gfnode_fast.triton_egnn_layer(*given, norm, *form)

@@ -17,6 +17,7 @@ BLOCK_NODES = 16  # the rows of one tile of the kernels: molecules that begin in
 class Neighbours(NamedTuple):
     """The edges of a `Topology` as kernels on a GPU walk them, dense in memory."""
 
+    order: Tensor
     row_start: Tensor
     row: Tensor
     col: Tensor
@@ -77,6 +78,7 @@ def _build_neighbours(edges: Topology) -> Neighbours:
     nodes = torch.arange(edges.num_nodes + 1, device=edges.row.device)
     source, edge = torch.sort(edges.col, stable=True)
     return Neighbours(
+        edges.order.contiguous(),
         edges.row_start.contiguous(),
         edges.row.contiguous(),
         edges.col.contiguous(),
@@ -111,7 +113,7 @@ def topology(row: Tensor, col: Tensor, num_nodes: int, *, max_nodes: int | None 
         row, col: (E,) int64 or int32, any order, duplicates allowed.
         num_nodes: n; nodes without edges are allowed.
         max_nodes: most nodes of one molecule of the batch, if known: the Triton kernels take
-            whole molecules where they are small. Nothing but time depends on it.
+            whole molecules where these fill the GPU. Nothing but time depends on it.
 
     Returns:
         The topology, on the device of `row`.
