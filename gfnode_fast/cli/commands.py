@@ -32,6 +32,7 @@ from gfnode_fast.training.config import DataConfig
 from gfnode_fast.training.demo import REQUIRED_IMPROVEMENT
 from gfnode_fast.training.problem import load_problem
 from gfnode_fast.training.ranks import is_first_process
+from gfnode_fast.training.report import Report
 from gfnode_fast.training.trained import model_for_trajectory
 
 
@@ -136,6 +137,8 @@ def evaluate_command(
 ) -> int:
     """Evaluate a trained model beside simple baselines; write report.json and report.png.
 
+    Of one of several molecules they are report-NAME.json and report-NAME.png.
+
     Args:
         run: directory of a run (its best checkpoint, else its last), or best.json or last.json.
         molecule: name, or number from 0, of one of several; default: that of the trajectory, or
@@ -161,16 +164,21 @@ def evaluate_command(
         )
     directory = Path(output) if output is not None else Path(report.checkpoint).parent
     directory.mkdir(parents=True, exist_ok=True)
-    report.save(directory / "report.json")
-    save_figure(report, directory / "report.png")
-    for name, own in report.molecules.items():
-        save_figure(own, directory / f"report-{name}.png")
+    figure, data = (directory / f"{_stem(report)}.{kind}" for kind in ("png", "json"))
+    for own in (report, *report.molecules.values()):
+        own.save(directory / f"{_stem(own)}.json")
+        save_figure(own, directory / f"{_stem(own)}.png")
     if json:
         console.say_json(report.to_dict())
         return OK
     console.say_report(report)
-    console.say(f"report: {directory / 'report.png'} and {directory / 'report.json'}")
+    console.say(f"report: {figure} and {data}")
     return OK
+
+
+def _stem(report: Report) -> str:
+    """Of its files: the molecules of a run, and all of them together, do not overwrite each other."""
+    return "report" if report.molecule is None else f"report-{report.molecule}"
 
 
 def predict_command(

@@ -160,8 +160,8 @@ def _report(tallies: list[_Tally], source: str) -> Report:
     dt_fs = first.problem.trajectory.dt_fs
     times = torch.cat([tally.times for tally in tallies])
     edges, horizon, count = _horizon(times, errors, data.delta_frame, data.sampling == "regular")
-    several = len(tallies) > 1 or trained.molecule is None
-    metric = "val_mse" if several else molecule_columns([str(trained.molecule)])[0]
+    molecule = trained.molecule if len(tallies) == 1 else None
+    metric = "val_mse" if molecule is None else molecule_columns([molecule])[0]
     return Report(
         checkpoint=str(trained.path),
         trajectory=source,
@@ -182,6 +182,7 @@ def _report(tallies: list[_Tally], source: str) -> Report:
             for row in read_metrics(trained.path.parent)
             if row["kind"] == "validation"
         ],
+        molecule=molecule,
     )
 
 

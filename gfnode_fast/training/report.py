@@ -57,6 +57,7 @@ class Report:
         history: (step, validation MSE) of the training.
         molecules: of a run of several, the report of each by name; the rest is then over all of
             their windows together, ``num_atoms`` their sum.
+        molecule: the one of several that this is of, else ``None``.
     """
 
     checkpoint: str
@@ -75,6 +76,7 @@ class Report:
     bond_angles: Distribution | None
     history: list[tuple[int, float]]
     molecules: dict[str, Report] = field(default_factory=dict)
+    molecule: str | None = None
 
     @property
     def improvement(self) -> float:
@@ -93,12 +95,22 @@ class Report:
 
 
 def read_report(path: str | Path) -> Report:
-    """Inverse of :meth:`Report.save`; also of reports from before runs of several molecules."""
-    return _from_dict(json.loads(Path(path).read_bytes()))
+    """Inverse of :meth:`Report.save`; also of reports from before runs of several molecules.
+
+    Raises:
+        ValueError: the file is no report.
+    """
+    try:
+        return _from_dict(json.loads(Path(path).read_bytes()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"read_report: `path` must be a file of Report.save, got {path}, which is damaged or "
+            f"another kind ({type(error).__name__}: {error}); evaluate again"
+        ) from error
 
 
 def _from_dict(values: Mapping[str, Any]) -> Report:
-    values = {"molecules": {}, **values}
+    values = {"molecules": {}, "molecule": None, **values}
     fields = {field.name: values[field.name] for field in dataclasses.fields(Report)}
     for name in ("bond_lengths", "bond_angles"):
         if fields[name] is not None:

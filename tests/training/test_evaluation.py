@@ -158,6 +158,12 @@ def test_a_report_survives_the_file(finished_run, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(before))
     assert read_report(tmp_path / "report.json") == report
     assert json.loads((tmp_path / "report.json").read_text())["improvement"] == report.improvement
+    del before["mse"]
+    (tmp_path / "report.json").write_text(json.dumps(before))
+    with pytest.raises(
+        ValueError, match=r"report\.json, .*KeyError: 'mse'.*; evaluate again"
+    ):
+        read_report(tmp_path / "report.json")
 
 
 def test_the_figure_is_a_png(finished_run, tmp_path):

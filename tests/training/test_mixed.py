@@ -297,14 +297,25 @@ def test_the_command_line_finds_the_molecule(finished, files, tmp_path, capsys):
     for options in (["--molecule", "1"], elsewhere):
         assert main(["predict", str(finished), *options, "--output", str(output)]) == 0
         assert output.read_text().startswith("5\n")
-    assert main(["evaluate", str(finished), *elsewhere, "--output", str(tmp_path)]) == 0
-    assert "GF-NODE on" not in capsys.readouterr().out
-    assert main(["evaluate", str(finished), "--output", str(tmp_path)]) == 0
+
+
+def test_the_command_line_keeps_the_reports_of_other_molecules(finished, files, tmp_path, capsys):
+    def files_of(*names: str) -> set[str]:
+        return {f"report{name}.{kind}" for name in names for kind in ("json", "png")}
+
+    evaluate_to = ["evaluate", str(finished), "--output", str(tmp_path)]
+    assert main([*evaluate_to, "--molecule", "0"]) == 0
+    first = read_report(tmp_path / "report-ethanol.json")
+    assert main([*evaluate_to, "--trajectory", files[1]]) == 0
     said = capsys.readouterr().out
-    assert "GF-NODE on" in said
-    assert {p.name for p in tmp_path.glob("report*")} == {
-        "report.json", "report.png", "report-ethanol.png", "report-chain.png",
-    }  # fmt: skip
+    assert "GF-NODE on" not in said
+    assert f"report: {tmp_path}/report-chain.png and {tmp_path}/report-chain.json" in said
+    assert {p.name for p in tmp_path.iterdir()} == files_of("-ethanol", "-chain")
+    assert main(evaluate_to) == 0
+    assert "GF-NODE on" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} == files_of("", "-ethanol", "-chain")
+    assert (first.molecule, read_report(tmp_path / "report.json").molecule) == ("ethanol", None)
+    assert read_report(tmp_path / "report.json").molecules["ethanol"] == first
 
 
 def test_the_command_line_trains_a_mixture(files, tmp_path, capsys):
