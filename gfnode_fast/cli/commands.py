@@ -177,7 +177,7 @@ def evaluate_command(
 
 
 def _stem(report: Report) -> str:
-    """Of its files: the molecules of a run, and all of them together, do not overwrite each other."""
+    """Of its files, so that one molecule's do not overwrite another's, nor those of all."""
     return "report" if report.molecule is None else f"report-{report.molecule}"
 
 

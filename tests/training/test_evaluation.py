@@ -160,9 +160,7 @@ def test_a_report_survives_the_file(finished_run, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["improvement"] == report.improvement
     del before["mse"]
     (tmp_path / "report.json").write_text(json.dumps(before))
-    with pytest.raises(
-        ValueError, match=r"report\.json, .*KeyError: 'mse'.*; evaluate again"
-    ):
+    with pytest.raises(ValueError, match=r"report\.json, .*KeyError: 'mse'.*; evaluate again"):
         read_report(tmp_path / "report.json")
 
 
