@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,93 @@ def test_renumbering_permutes_rows_up_to_symmetry(name, seed):
     if name == "random":  # without symmetry: exactly the rows
         torch.testing.assert_close(W, U[order], atol=1e-10, rtol=0)
     assert automorphism(a, b, U, W)
+
+
+@functools.cache
+def aspirin() -> Tensor:
+    """The sample's graph of 13 heavy atoms, bonds and two-bond pairs."""
+    sample = load_sample("aspirin")
+    return build_graph(sample.positions[0], sample.numbers).adjacency
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_renumbering_aspirin_permutes_rows_but_for_its_twins(seed: int) -> None:
+    """Atoms 0 and 2 have the same neighbours, and 11 and 12: swapping them changes a sign."""
+    a = aspirin()
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(seed))
+    b = a[order][:, order]
+    U = canonical_basis(*torch.linalg.eigh(laplacian(a)))
+    W = canonical_basis(*torch.linalg.eigh(laplacian(b)))
+    twins = torch.tensor([3, 4])  # the modes of eigenvalue 4, one for each pair
+    assert [rows.nonzero().flatten().tolist() for rows in (U[:, twins].T.abs() > 1e-6)] == [
+        [0, 2], [11, 12],
+    ]  # fmt: skip
+    others = torch.tensor([k for k in range(13) if k not in twins])
+    torch.testing.assert_close(W[:, others], U[order][:, others], atol=1e-10, rtol=0)
+    torch.testing.assert_close(W[:, twins].abs(), U[order][:, twins].abs(), atol=1e-10, rtol=0)
+    assert automorphism(a, b, U, W)
+    assert spectral_gap_report(torch.linalg.eigvalsh(laplacian(b)), 4).cuts
+
+
+def signed_roots(rows: list[list[int]]) -> Tensor:
+    """sign(x) sqrt(|x| / 60)."""
+    x = torch.tensor(rows, dtype=torch.float64)
+    return x.sign() * (x.abs() / 60).sqrt()
+
+
+WEIGHTED_PATH = torch.diag(torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64), 1)
+# Of a simple graph with weights, one of high symmetry, and one of three components.
+PINNED = {
+    "path of weights 1, 2, 0.5": (
+        WEIGHTED_PATH + WEIGHTED_PATH.T,
+        torch.tensor(
+            [
+                [0.5, -0.5229660138263, 0.6635043409612, -0.1904430043563],
+                [0.5, -0.2472760645891, -0.3565682791956, 0.7494755567414],
+                [0.5, -0.04425331178633, -0.5925102718978, -0.6300581100911],
+                [0.5, 0.8144953902018, 0.2855742101322, 0.07102555770603],
+            ],
+            dtype=torch.float64,
+        ),
+    ),
+    "benzene": (
+        benzene(),
+        signed_roots(
+            [
+                [10, 30, 0, 0, 20, 0],
+                [10, 0, 30, 0, -5, 15],
+                [10, 0, 0, 30, -5, -15],
+                [10, -30, 0, 0, 20, 0],
+                [10, 0, -30, 0, -5, 15],
+                [10, 0, 0, -30, -5, -15],
+            ]
+        ),
+    ),
+    "path of three, an isolated node, a pair": (
+        torch.block_diag(path(3), path(1), path(2)),
+        signed_roots(
+            [
+                [0, 0, 20, 30, 0, -10],
+                [0, 0, 20, 0, 0, 40],
+                [0, 0, 20, -30, 0, -10],
+                [60, 0, 0, 0, 0, 0],
+                [0, 30, 0, 0, 30, 0],
+                [0, 30, 0, 0, -30, 0],
+            ]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_the_same_basis_on_any_day(name: str) -> None:
+    a, expected = PINNED[name]
+    found = graph_spectrum(batch_of([a], weighted=True), dtype=torch.float64).U[0]
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    w, V = torch.linalg.eigh(laplacian(a))
+    for seed in range(3):
+        found = canonical_basis(w, rotated(w, V, seed))
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
 
 
 def test_twins_are_ordered_as_by_trying_each(monkeypatch: pytest.MonkeyPatch):
@@ -196,8 +285,7 @@ def test_where_modes_end():
     assert report.cuts
     assert (report.safe_below, report.safe_above, report.nearest_safe) == (1, 4, 1)
     assert "cut the eigenspace of eigenvalue 4, modes 1 to 3" in str(report)
-    sample = load_sample("aspirin")
-    w = build_graph(sample.positions[0], sample.numbers).eigenvalues
+    w = torch.linalg.eigvalsh(laplacian(aspirin()))
     assert [m for m in range(1, 14) if spectral_gap_report(w, m).cuts] == [4]
     assert spectral_gap_report(w, 4).nearest_safe == 5
     assert spectral_gap_report(w, 13).gap == float("inf")
