@@ -20,6 +20,7 @@ from gfnode_fast.kernels.graph_tiles import (
     feature_columns,
     feature_weights,
     load_point,
+    row_of_copy,
     split_products,
     summand_tile,
 )
@@ -52,6 +53,7 @@ def _egnn_node_bwd_kernel(
     sums_ptr,
     num_nodes,
     num_rows,
+    first_copy,
     stride_m0,
     width,
     hidden,
@@ -62,11 +64,20 @@ def _egnn_node_bwd_kernel(
 ):
     """Writes P and Q, and columns 0 ... 2H of `grad_hidden` (rows, 4H): of node and velocity MLP.
 
-    sums: a row per program, of the gradients of b_node0, b_velocity0, w_velocity2 (hidden each),
-    b_node2 (width), b_velocity2; 0 on entry.
+    Rows are those of the copies taken together; the state and its gradients have all copies.
+    sums: a row per program, to which are added the gradients of b_node0, b_velocity0, w_velocity2
+    (hidden each), b_node2 (width), b_velocity2.
     """
     program = tl.program_id(0).to(tl.int64)
     sums_ptr += program * (3 * hidden + width + 1)
+    first_row = row_of_copy(first_copy, num_nodes)
+    grad_x_ptr += first_row * 3
+    grad_v_ptr += first_row * 3
+    grad_h_ptr += first_row * width
+    v_ptr += first_row * 3
+    h_ptr += first_row * width
+    messages_ptr += first_row * width
+    shift_ptr += first_row * 3
     offset = tl.load(velocity2_bias_ptr)
     grad_offset = tl.zeros((BLOCK_R,), offset.dtype)
     for tile in range(program, tl.cdiv(num_rows, BLOCK_R), tl.num_programs(0)):
@@ -130,7 +141,8 @@ def _egnn_node_bwd_kernel(
             moved = (mean >= -MAX_DISPLACEMENT) & (mean <= MAX_DISPLACEMENT)
             passed = tl.where(moved, grad_x[axis] / count, 0.0)
             tl.store(grad_shift_ptr + row * 3 + axis, passed, mask=mask)
-    tl.store(sums_ptr + 3 * hidden + width, tl.sum(grad_offset, axis=0))
+    to = sums_ptr + 3 * hidden + width
+    tl.store(to, tl.load(to) + tl.sum(grad_offset, axis=0))
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -194,11 +206,12 @@ def _egnn_edge_bwd_kernel(
     offset = tl.load(coordinate2_bias_ptr)
     grad_offset = tl.zeros((BLOCK_R,), offset.dtype)
     tiles = tl.cdiv(num_edges, BLOCK_R)
+    x_ptr += row_of_copy(first_copy, num_nodes) * 3
     for item in range(program, tiles * num_copies, tl.num_programs(0)):
         edge = (item // num_copies) * BLOCK_R + r_index
         live = edge < num_edges
         copy = item % num_copies
-        base = (first_copy + copy) * num_nodes
+        base = copy * num_nodes
         target = base + tl.load(row_ptr + edge, mask=live, other=0)
         source = base + tl.load(col_ptr + edge, mask=live, other=0)
         x_i = load_point(x_ptr, target, live)
@@ -331,7 +344,11 @@ def _egnn_gather_bwd_kernel(
     first_out, degree_out = edges_of_nodes(source_start_ptr, node, mask)
     copy = tl.program_id(1).to(tl.int64)
     edges = copy * num_edges
-    row = (first_copy + copy) * num_nodes + node
+    row = copy * num_nodes + node
+    first_row = row_of_copy(first_copy, num_nodes)
+    grad_x_out_ptr += first_row * 3
+    grad_x_ptr += first_row * 3
+    grad_h_ptr += first_row * width
     most = tl.max(degree, axis=0)
     most_out = tl.max(degree_out, axis=0)
     last = num_edges - 1

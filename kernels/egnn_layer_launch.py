@@ -14,12 +14,15 @@ from gfnode_fast.kernels.egnn_layer_bwd import (
     _egnn_gather_bwd_kernel,
     _egnn_node_bwd_kernel,
 )
-from gfnode_fast.kernels.launch import MAX_GRID, ceil_div, on_device_of
+from gfnode_fast.kernels.launch import ceil_div, on_device_of
 from gfnode_fast.kernels.registry import AotCase
 from gfnode_fast.kernels.row_products_launch import (
     MODES,
     PER_MULTIPROCESSOR,
+    Rows,
+    add_outers,
     aot_case,
+    copies_together,
     feature_blocks,
     forward_items,
     launch_row_linear,
@@ -27,11 +30,11 @@ from gfnode_fast.kernels.row_products_launch import (
     mode,
     num_programs,
     tile,
+    zero_gradients,
 )
 
 CHUNK = 128  # edges of which messages wait to be summed; a multiple of BLOCK_R
 SPILLS = "120 bytes of stack at widths that 16 does not divide, with the least tile"
-EDGE_BUFFER_BYTES = 32 << 20  # of gradients edge by edge: copies are taken together up to this
 
 
 def launch_egnn_layer_fwd(
@@ -99,33 +102,39 @@ def launch_egnn_layer_bwd(
     message0, velocity, node = weights[0], weights[8:12], weights[12:]
     (rows, width), num_nodes, num_edges = h.shape, row_start.shape[0] - 1, col.shape[0]
     hidden, depth, num_copies = message0.shape[0], edge_fea.shape[1], rows // max(num_nodes, 1)
+    if rows == 0:
+        return zero_gradients((x, v, h), edge_fea, weights, wants_edge_fea)
     blocks = feature_blocks(depth)
     block_d = blocks["BLOCK_D"]
     launched = tile(mode(h, precision)) | {"width": width, "hidden": hidden}
     launched["stride_m0"], block_r = message0.stride(0), launched["BLOCK_R"]
 
-    node_products, grad_hidden = h.new_empty(rows, 2 * hidden), h.new_empty(rows, 4 * hidden)
-    active = h.new_empty(rows, hidden)
-    grad_messages, grad_shift = torch.empty_like(h), torch.empty_like(x)
     grad_x, grad_v, grad_h = torch.empty_like(x), torch.empty_like(v), torch.empty_like(h)
-    programs = num_programs(h, ceil_div(rows, block_r), PER_MULTIPROCESSOR)
-    node_sums = h.new_zeros(programs, 3 * hidden + width + 1)
-    per_copy = max(1, num_edges * (hidden + 3) * h.element_size())
-    copies = max(1, min(num_copies, EDGE_BUFFER_BYTES // per_copy, MAX_GRID))
-    edge_programs = num_programs(h, ceil_div(num_edges, block_r) * copies, PER_MULTIPROCESSOR)
-    own = h.new_empty(edge_programs, block_r, 3 * (hidden + width))
+    of_edges, of_nodes = hidden + 3, 7 * hidden + width + 3
+    numbers = num_edges * of_edges + num_nodes * of_nodes
+    copies = copies_together(num_copies, numbers * h.element_size())
+    part = copies * num_nodes
+    node_products, grad_hidden = h.new_empty(part, 2 * hidden), h.new_empty(part, 4 * hidden)
+    active = h.new_empty(part, hidden)
+    grad_messages, grad_shift = h.new_empty(part, width), h.new_empty(part, 3)
     grad_u = h.new_empty(copies * num_edges, hidden)
     grad_r = h.new_empty(copies * num_edges, 3)
+    programs = num_programs(h, ceil_div(part, block_r), PER_MULTIPROCESSOR)
+    edge_programs = num_programs(h, ceil_div(num_edges, block_r) * copies, PER_MULTIPROCESSOR)
+    own = h.new_empty(edge_programs, block_r, 3 * (hidden + width))
+    node_sums = h.new_zeros(programs, 3 * hidden + width + 1)
     edge_sums = h.new_zeros(edge_programs, hidden * (2 * width + block_d) + width + 2 * hidden + 1)
+    outers: list[Tensor] = []
     grad_edge = h.new_zeros(num_edges, hidden) if wants_edge_fea else None
-    with on_device_of(h):
-        _egnn_node_bwd_kernel[(programs,)](
-            grad_x_out, grad_h_out, v, h, messages, shift, row_start, message0, *velocity,
-            *node[:3], node_products, grad_hidden, active, grad_messages, grad_shift, grad_v,
-            node_sums, num_nodes, rows, **launched, SILU=silu,
-        )  # fmt: skip
-        for first in range(0, num_copies, copies):
-            taken = min(copies, num_copies - first)
+    for first in range(0, num_copies, copies):
+        taken, first_row = min(copies, num_copies - first), first * num_nodes
+        run = taken * num_nodes
+        with on_device_of(h):
+            _egnn_node_bwd_kernel[(programs,)](
+                grad_x_out, grad_h_out, v, h, messages, shift, row_start, message0, *velocity,
+                *node[:3], node_products, grad_hidden, active, grad_messages, grad_shift, grad_v,
+                node_sums, num_nodes, run, first, **launched, SILU=silu,
+            )  # fmt: skip
             _egnn_edge_bwd_kernel[(edge_programs,)](
                 x, node_products, edge_fea, order, row, col, *weights[:8], grad_messages,
                 grad_shift, grad_u, grad_r, edge_sums, own, num_nodes, num_edges, first, taken,
@@ -136,12 +145,16 @@ def launch_egnn_layer_bwd(
                 source_edge, message0, velocity[0], node[0], num_nodes, num_edges, first,
                 **launched,
             )  # fmt: skip
-            if grad_edge is not None:
-                grad_edge += grad_u[: taken * num_edges].view(taken, num_edges, hidden).sum(0)
+        pairs = [
+            (Rows(grad_hidden), Rows(h, first_row)),
+            (Rows(grad_hidden[:, :hidden]), Rows(messages, first_row)),
+            (Rows(grad_h_out, first_row), Rows(active)),
+        ]
+        outers = add_outers(outers, launch_row_outers(pairs, run, precision))
+        if grad_edge is not None:
+            grad_edge += grad_u[: taken * num_edges].view(taken, num_edges, hidden).sum(0)
 
-    of_h, of_messages, grad_node2 = launch_row_outers(
-        [(grad_hidden, h), (grad_hidden[:, :hidden], messages), (grad_h_out, active)], precision
-    )
+    of_h, of_messages, grad_node2 = outers
     of_node, of_velocity, of_row, of_col = of_h.split(hidden)
     of_node = torch.cat((of_node, of_messages), dim=1)
     grad_node0_bias, grad_velocity0_bias, grad_velocity2, grad_node2_bias, grad_velocity2_bias = (

@@ -55,6 +55,12 @@ def store_point(ptr, row, point, mask):
 
 
 @triton.jit
+def row_of_copy(copy, num_nodes):
+    """First row of a copy in what all copies have."""
+    return copy.to(tl.int64) * num_nodes
+
+
+@triton.jit
 def nodes_of_item(
     block_start_ptr, item, num_nodes, num_copies, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip

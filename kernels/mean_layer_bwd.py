@@ -15,6 +15,7 @@ from gfnode_fast.kernels.graph_tiles import (
     edges_of_nodes,
     feature_columns,
     feature_weights,
+    row_of_copy,
     split_products,
     summand_tile,
 )
@@ -46,6 +47,7 @@ def _mean_node_bwd_kernel(
     sums_ptr,
     num_nodes,
     num_rows,
+    first_copy,
     stride_e0,
     width,
     hidden,
@@ -59,10 +61,18 @@ def _mean_node_bwd_kernel(
     """Writes P and Q, M, the node MLP's active layer; the gradients of c' side by side, of M, of
     Σ act(u), and columns 2H ... of `grad_hidden` (rows, 2H + H_n), of the node MLP.
 
-    sums: a row per program, of the gradients of b_node0 (H_n), b_node2, b_2 (width); 0 on entry.
+    Rows are those of the copies taken together; state, means and what flows in have all copies.
+    sums: a row per program, to which are added the gradients of b_node0 (H_n), b_node2, b_2
+    (width).
     """
     program = tl.program_id(0).to(tl.int64)
     sums_ptr += program * (hidden_n + 2 * width)
+    first_row = row_of_copy(first_copy, num_nodes)
+    grad_x_ptr += first_row * 3
+    grad_v_ptr += first_row * 3
+    grad_h_ptr += first_row * (width - 6)
+    state_ptr += first_row * width
+    means_ptr += first_row * hidden
     stride_g = 2 * hidden + hidden_n
     for tile in range(program, tl.cdiv(num_rows, BLOCK_R), tl.num_programs(0)):
         row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -140,6 +150,7 @@ def _mean_edge_bwd_kernel(
     grad_h_ptr,
     sums_ptr,
     num_nodes,
+    first_copy,
     num_copies,
     stride_e0,
     width,
@@ -160,6 +171,10 @@ def _mean_edge_bwd_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     sums_ptr += program * hidden * BLOCK_D
+    first_row = row_of_copy(first_copy, num_nodes)
+    grad_x_ptr += first_row * 3
+    grad_v_ptr += first_row * 3
+    grad_h_ptr += first_row * (width - 6)
     stride_g = 2 * hidden + hidden_n
     d_index = tl.arange(0, BLOCK_D)
     p_index = tl.arange(0, BLOCK_P)
@@ -263,13 +278,13 @@ def _mean_summand_bwd_kernel(
     BLOCK_C: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """The gradient of W_e e + b, summed over copies (E, H)."""
+    """Adds the gradient of W_e e + b, summed over copies (E, H)."""
     edge = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = edge < num_edges
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     target = tl.load(row_ptr + edge, mask=mask, other=0)
     source = tl.load(col_ptr + edge, mask=mask, other=0)
-    total = tl.zeros((BLOCK_R, BLOCK_C), grad_edge_ptr.dtype.element_ty)
+    total = load_tile(grad_edge_ptr, edge * hidden, c, mask, hidden)
     p_index = tl.arange(0, BLOCK_P)
     features = feature_columns(edge_fea_ptr, order_ptr, edge, None, mask, p_index, depth, MODE)
     weights = feature_weights(

@@ -20,7 +20,10 @@ from gfnode_fast.kernels.registry import AotCase
 from gfnode_fast.kernels.row_products_launch import (
     MODES,
     PER_MULTIPROCESSOR,
+    Rows,
+    add_outers,
     aot_case,
+    copies_together,
     feature_blocks,
     forward_items,
     launch_row_linear,
@@ -28,6 +31,7 @@ from gfnode_fast.kernels.row_products_launch import (
     mode,
     num_programs,
     tile,
+    zero_gradients,
 )
 
 
@@ -107,53 +111,65 @@ def launch_mean_layer_bwd(
     order, row_start, row, col, source_start, source_edge, _ = neighbours
     edge0, edge0_bias, edge2, edge2_bias, node0, node0_bias, node2, _ = weights
     rows, num_nodes, num_edges = state.shape[0], row_start.shape[0] - 1, col.shape[0]
+    if rows == 0:
+        grads = grad_x_out, grad_v_out, grad_h_out
+        return zero_gradients(grads, edge_fea, weights, wants_edge_fea)
     node = _launched(state, edge_fea, weights, concat, precision) | {"SILU": silu}
     width, hidden, hidden_n, depth = (node[k] for k in ("width", "hidden", "hidden_n", "depth"))
     edge = node | feature_blocks(depth)
+    summand = {key: edge[key] for key in edge if key not in ("CONCAT", "hidden_n", "BLOCK_D")}
     del node["depth"]
-    copies, block_r, block_d = rows // max(num_nodes, 1), node["BLOCK_R"], edge["BLOCK_D"]
+    num_copies, block_r, block_d = rows // num_nodes, node["BLOCK_R"], edge["BLOCK_D"]
 
-    node_products, grad_sum = state.new_empty(rows, 2 * hidden), torch.empty_like(means)
-    grad_state, message, grad_message = (torch.empty_like(state) for _ in range(3))
-    active, grad_hidden = (state.new_empty(rows, n) for n in (hidden_n, 2 * hidden + hidden_n))
     grad_x, grad_v = torch.empty_like(grad_x_out), torch.empty_like(grad_v_out)
     grad_h = torch.empty_like(grad_h_out)
-    programs = num_programs(state, ceil_div(rows, block_r), PER_MULTIPROCESSOR)
+    numbers = num_nodes * (5 * hidden + 3 * width + 2 * hidden_n)
+    copies = copies_together(num_copies, numbers * state.element_size())
+    part = copies * num_nodes
+    node_products, grad_sum = state.new_empty(part, 2 * hidden), state.new_empty(part, hidden)
+    grad_state, message, grad_message = (state.new_empty(part, width) for _ in range(3))
+    active, grad_hidden = (state.new_empty(part, n) for n in (hidden_n, 2 * hidden + hidden_n))
+    programs = num_programs(state, ceil_div(part, block_r), PER_MULTIPROCESSOR)
     node_sums = state.new_zeros(programs, hidden_n + 2 * width)
     tiles = ceil_div(num_nodes, block_r) * copies
     edge_programs = num_programs(state, tiles, PER_MULTIPROCESSOR)
     edge_sums = state.new_zeros(edge_programs, hidden * block_d)
-    grad_fea = state.new_empty(0)
-    with on_device_of(state):
-        _mean_node_bwd_kernel[(programs,)](
-            grad_x_out, grad_v_out, grad_h_out, state, means, row_start, edge0, edge2, edge2_bias,
-            node0, node0_bias, node2, node_products, grad_state, message, active, grad_message,
-            grad_hidden, grad_sum, node_sums, num_nodes, rows, **node,
-        )  # fmt: skip
-        _mean_edge_bwd_kernel[(edge_programs,)](
-            grad_state, grad_sum, node_products, edge_fea, order, row_start, row, col, source_start,
-            source_edge, edge0, edge0_bias, node0, grad_hidden, grad_x, grad_v, grad_h, edge_sums,
-            num_nodes, copies, **edge,
-        )  # fmt: skip
-        if wants_edge_fea:
-            for name in ("CONCAT", "hidden_n", "BLOCK_D"):
-                del edge[name]
-            grad_edge = state.new_empty(num_edges, hidden)
-            grid = ceil_div(num_edges, block_r), ceil_div(hidden, edge["BLOCK_C"])
-            if num_edges:
-                _mean_summand_bwd_kernel[grid](
+    outers: list[Tensor] = []
+    grad_edge = state.new_zeros(num_edges, hidden) if wants_edge_fea else None
+    of_edges = ceil_div(num_edges, block_r), ceil_div(hidden, edge["BLOCK_C"])
+    for first in range(0, num_copies, copies):
+        taken, first_row = min(copies, num_copies - first), first * num_nodes
+        run = taken * num_nodes
+        with on_device_of(state):
+            _mean_node_bwd_kernel[(programs,)](
+                grad_x_out, grad_v_out, grad_h_out, state, means, row_start, edge0, edge2,
+                edge2_bias, node0, node0_bias, node2, node_products, grad_state, message, active,
+                grad_message, grad_hidden, grad_sum, node_sums, num_nodes, run, first, **node,
+            )  # fmt: skip
+            _mean_edge_bwd_kernel[(edge_programs,)](
+                grad_state, grad_sum, node_products, edge_fea, order, row_start, row, col,
+                source_start, source_edge, edge0, edge0_bias, node0, grad_hidden, grad_x, grad_v,
+                grad_h, edge_sums, num_nodes, first, taken, **edge,
+            )  # fmt: skip
+            if grad_edge is not None and num_edges:
+                _mean_summand_bwd_kernel[of_edges](
                     grad_sum, node_products, edge_fea, order, row, col, edge0, edge0_bias,
-                    grad_edge, num_nodes, num_edges, copies, **edge,
+                    grad_edge, num_nodes, num_edges, taken, **summand,
                 )  # fmt: skip
-            turned = edge0[:, 2 * width :].t()
-            sorted_fea = launch_row_linear(grad_edge, turned, None, 1, depth, precision)
-            grad_fea = torch.empty_like(sorted_fea).index_copy_(0, order, sorted_fea)
+        pairs = [
+            (Rows(grad_hidden), Rows(state, first_row)),
+            (Rows(grad_hidden[:, 2 * hidden :]), Rows(message)),
+            (Rows(grad_state), Rows(active)),
+            (Rows(grad_message), Rows(means, first_row)),
+        ]
+        outers = add_outers(outers, launch_row_outers(pairs, run, precision))
 
-    grad_node = grad_hidden[:, 2 * hidden :]
-    of_state, of_message, grad_node2, grad_edge2 = launch_row_outers(
-        [(grad_hidden, state), (grad_node, message), (grad_state, active), (grad_message, means)],
-        precision,
-    )
+    grad_fea = state.new_empty(0)
+    if grad_edge is not None:
+        turned = edge0[:, 2 * width :].t()
+        sorted_fea = launch_row_linear(grad_edge, turned, None, 1, depth, precision)
+        grad_fea = torch.empty_like(sorted_fea).index_copy_(0, order, sorted_fea)
+    of_state, of_message, grad_node2, grad_edge2 = outers
     of_row, of_col, of_node = of_state.split([hidden, hidden, hidden_n])
     extra = edge_sums.sum(0).view(hidden, block_d)
     grad_node0_bias, grad_node2_bias, grad_edge2_bias = node_sums.sum(0).split(

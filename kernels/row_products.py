@@ -55,6 +55,8 @@ def _row_outer_kernel(
     partial_ptr,
     num_rows,
     rows_per_share,
+    first_g,
+    first_a,
     stride_gr,
     stride_ar,
     stride_share,
@@ -70,6 +72,8 @@ def _row_outer_kernel(
     k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     first = share * rows_per_share
     last = tl.minimum(first + rows_per_share, num_rows)
+    g_ptr += first_g.to(tl.int64) * stride_gr
+    a_ptr += first_a.to(tl.int64) * stride_ar
     acc = tl.zeros((BLOCK_N, BLOCK_K), a_ptr.dtype.element_ty)
     for start in range(first, last, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R).to(tl.int64)

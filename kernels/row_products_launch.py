@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from gfnode_fast.kernels.launch import ceil_div, dot_block, on_device_of
+from gfnode_fast.kernels.launch import MAX_GRID, ceil_div, dot_block, on_device_of
 from gfnode_fast.kernels.registry import AotCase, unwrap
 from gfnode_fast.kernels.row_products import _row_linear_kernel, _row_outer_kernel
 
@@ -20,6 +20,7 @@ OUTER_BLOCK_R = 32  # 64 spills
 SHARE_R = 64  # shares of rows are multiples of it
 PER_MULTIPROCESSOR = 2  # programs with memory of their own
 INTERPRETED_PROGRAMS = 2
+BUFFER_BYTES = 64 << 20  # of what backward keeps by node and edge: copies are taken together to it
 INDICES = ("order", "row_start", "row", "col", "source_start", "source_edge", "block_start")
 MODES = {"fp32": "tf32x3", "tf32": "tf32", "bf16": "bf16", "fp64": "ieee"}
 SPILLS = {"fp64": "for checking only"}
@@ -62,6 +63,37 @@ def num_programs(tensor: Tensor, items: int, per_multiprocessor: int = 1) -> int
         return max(1, min(items, INTERPRETED_PROGRAMS))
     available = torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return max(1, min(items, per_multiprocessor * available))
+
+
+class Rows(NamedTuple):
+    """A matrix from its row `first` on. A view could be aligned otherwise, for a kernel anew."""
+
+    of: Tensor
+    first: int = 0
+
+
+def copies_together(num_copies: int, bytes_of_copy: int) -> int:
+    """How many copies backward takes at a time: in as few parts as fit `BUFFER_BYTES`, alike.
+
+    A copy of a large batch fills a GPU, and what it keeps would otherwise be as much as all that
+    the layers of the model save.
+    """
+    fit = min(max(BUFFER_BYTES // max(bytes_of_copy, 1), 1), MAX_GRID)
+    return ceil_div(num_copies, max(ceil_div(num_copies, fit), 1))
+
+
+def zero_gradients(
+    state: Sequence[Tensor], edge_fea: Tensor, weights: Sequence[Tensor], wants_edge_fea: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What backward of a layer gives for no rows."""
+    of_x, of_v, of_h = (torch.empty_like(part) for part in state)
+    of_fea = torch.zeros_like(edge_fea) if wants_edge_fea else edge_fea.new_empty(0)
+    return of_x, of_v, of_h, of_fea, of_x.new_zeros(sum(weight.numel() for weight in weights))
+
+
+def add_outers(total: list[Tensor], found: list[Tensor]) -> list[Tensor]:
+    """Of one part of the rows after another; total: empty before the first."""
+    return [a.add_(b) for a, b in zip(total, found, strict=True)] if total else found
 
 
 def forward_items(
@@ -111,24 +143,29 @@ def launch_row_linear(
     return out
 
 
-def launch_row_outers(pairs: Sequence[tuple[Tensor, Tensor]], precision: str) -> list[Tensor]:
+def launch_row_outers(
+    pairs: Sequence[tuple[Rows, Rows]], num_rows: int, precision: str
+) -> list[Tensor]:
     """gᵀ a of each pair of (R, N) and (R, K), rows of any stride: (N, K), in one memory."""
-    rows, like = pairs[0][0].shape[0], pairs[0][1]
-    shares = num_programs(like, ceil_div(rows, 4 * SHARE_R))
-    share = SHARE_R * ceil_div(ceil_div(rows, SHARE_R), shares)
-    sizes = [g.shape[1] * a.shape[1] for g, a in pairs]
+    like = pairs[0][1].of
+    shares = num_programs(like, ceil_div(num_rows, 4 * SHARE_R))
+    share = SHARE_R * ceil_div(ceil_div(num_rows, SHARE_R), shares)
+    shapes = [(g.of.shape[1], a.of.shape[1]) for g, a in pairs]
+    sizes = [num_n * num_k for num_n, num_k in shapes]
     partial = like.new_empty(shares, sum(sizes))
     options = tile(mode(like, precision)) | {"BLOCK_R": OUTER_BLOCK_R}
     del options["BLOCK_C"]
     with on_device_of(like):
-        for (g, a), own in zip(pairs, partial.split(sizes, dim=1), strict=True):
-            num_n, num_k = g.shape[1], a.shape[1]
+        for (g, a), own, (num_n, num_k) in zip(
+            pairs, partial.split(sizes, dim=1), shapes, strict=True
+        ):
             _row_outer_kernel[(shares, ceil_div(num_n, OUTER_BLOCK), ceil_div(num_k, OUTER_BLOCK))](
-                g, a, own, rows, share, g.stride(0), a.stride(0), partial.stride(0), num_n, num_k,
-                BLOCK_N=OUTER_BLOCK, BLOCK_K=OUTER_BLOCK, **options,
+                g.of, a.of, own, num_rows, share, g.first, a.first, g.of.stride(0), a.of.stride(0),
+                partial.stride(0), num_n, num_k, BLOCK_N=OUTER_BLOCK, BLOCK_K=OUTER_BLOCK,
+                **options,
             )  # fmt: skip
     sums = partial.sum(0).split(sizes)
-    return [own.view(g.shape[1], a.shape[1]) for own, (g, a) in zip(sums, pairs, strict=True)]
+    return [own.view(shape) for own, shape in zip(sums, shapes, strict=True)]
 
 
 def aot_case(
