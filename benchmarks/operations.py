@@ -21,6 +21,7 @@ from benchmarks.registry import (
     CAPTURED_SOLVE,
     FORMS,
     MORE_ATTEMPTS,
+    TWO_THREADS,
     WHOLE_COMPILED,
     Row,
 )
@@ -32,6 +33,7 @@ from benchmarks.task import (
     named_gradients,
     named_outputs,
     numerics,
+    on_two_threads,
     require_device,
 )
 from gfnode_fast import reference
@@ -103,6 +105,8 @@ def make_task(contender: str, row: Row, device: torch.device) -> Task:
     Raises:
         Unavailable: it does not exist here.
     """
+    if contender == TWO_THREADS:
+        return on_two_threads(make_task("ours", row, device))
     require_device(row.precision, device)
     if OURS.get(contender, {}).get("backend") == "triton" and device.type != "cuda":
         raise Unavailable(f"Triton needs a CUDA device, this is {device}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import inputs
-from benchmarks.registry import CACHED, CUDA_SOLVER, TWO_THREADS, Row
+from benchmarks.registry import CACHED, CUDA_SOLVER, Row
 from benchmarks.task import Task, Unavailable, function_task
 from gfnode_fast.data import Batch
 from gfnode_fast.ops.eigh import eigh_batched
@@ -138,8 +136,6 @@ def eigh_task(contender: str, row: Row, device: torch.device) -> Task:
         run = lambda: torch.linalg.eigh(matrices)  # noqa: E731
     elif contender == "numpy loop":
         run = numpy_loop
-    elif contender == TWO_THREADS:
-        run = _on_two_threads(matrices)
     elif contender == CUDA_SOLVER and device.type != "cuda":
         raise Unavailable(f"the CUDA kernels need a CUDA device, this is {device}")
     else:
@@ -147,22 +143,6 @@ def eigh_task(contender: str, row: Row, device: torch.device) -> Task:
         run = lambda: eigh_batched(matrices, backend=backend)  # noqa: E731
 
     return Task(run, lambda: _spectral_values(*run()))
-
-
-def _on_two_threads(matrices: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Ours on two threads, in the same process as on as many as the other contenders have."""
-    if len(os.sched_getaffinity(0)) < 2:
-        raise Unavailable("the process is pinned to one core")
-
-    def run() -> tuple[Tensor, Tensor]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(2)
-        try:
-            return eigh_batched(matrices)
-        finally:
-            torch.set_num_threads(before)
-
-    return run
 
 
 def spectrum_task(contender: str, row: Row, device: torch.device) -> Task:

@@ -128,13 +128,13 @@ def _of_triton(row: Row) -> tuple[str, ...]:
 
 def _everywhere(row: Row) -> tuple[str, ...]:
     if row.op == "eigh":
-        return ("torch", "numpy loop", "ours", *((TWO_THREADS,) if row in TWO_THREAD_ROWS else ()))
+        return ("torch", "numpy loop", "ours", *_two_threads(row))
     if row.op == "spectrum":
         return ("torch", "ours", *CACHED)
     if row.op in ("graph_fourier", "inverse_graph_fourier"):
         return ("U1", "sliced", "ours")
     if row.op == "graph_layer":
-        return ("U1", "C1", "ours")
+        return ("U1", "C1", "ours", *_two_threads(row))
     if row.op in ("encoder", "decoder"):
         return ("U1", "C1", "ours")
     ours: tuple[str, ...] = ("ours", "ours exact") if row.model == "egnn" else ("ours",)
@@ -153,10 +153,17 @@ def _everywhere(row: Row) -> tuple[str, ...]:
     return (*BASELINES, *ours)
 
 
+def _two_threads(row: Row) -> tuple[str, ...]:
+    return (TWO_THREADS,) if row in TWO_THREAD_ROWS else ()
+
+
 CACHED = ("ours cached, known graphs", "ours cached, edge lists")
 """How a batch is made whose spectra are all in the cache: anew from known graphs, or from edges."""
 TWO_THREADS = "ours two threads"
-TWO_THREAD_ROWS = [Row("eigh", "forward", 4096, molecule=f"random {n}") for n in (6, 13, 32, 64)]
+TWO_THREAD_ROWS = [
+    *(Row("eigh", "forward", 4096, molecule=f"random {n}") for n in (6, 13, 32, 64)),
+    *(Row("graph_layer", "backward", 50, model=model) for model in MODELS),
+]
 
 # Whether a training step gains from torch.compile(model) on the CPU, at sizes that no GPU row has.
 WHOLE_COMPILED = "ours in torch.compile"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,6 +102,29 @@ def function_task(
         return named_outputs(backward()) | named_gradients(leaves)
 
     return Task(forward if row.phase == "forward" else backward, values, min_bytes)
+
+
+def on_two_threads(task: Task) -> Task:
+    """The task on two threads, in the process in which other contenders have as many as it has.
+
+    Raises:
+        Unavailable: there is one core for them.
+    """
+    if len(os.sched_getaffinity(0)) < 2:
+        raise Unavailable("the process is pinned to one core")
+
+    def threaded(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            before = torch.get_num_threads()
+            torch.set_num_threads(2)
+            try:
+                return call()
+            finally:
+                torch.set_num_threads(before)
+
+        return run
+
+    return Task(threaded(task.run), threaded(task.values), task.min_bytes)
 
 
 def begin() -> None:

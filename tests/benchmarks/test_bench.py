@@ -184,13 +184,25 @@ def test_u0_runs_as_often_as_its_limit_allows() -> None:
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a second thread needs a second core")
-def test_two_threads_are_set_back() -> None:
-    before = torch.get_num_threads()
-    row = Row("eigh", "forward", 20, molecule="random 5")
-    found, expected = (make_task(name, row, CPU).values() for name in (TWO_THREADS, "ours"))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+@pytest.mark.parametrize(
+    ("row", "measured"),
+    [
+        (Row("eigh", "forward", 20, molecule="random 5"), "eigh * random 13 B=4096 fp32"),
+        (Row("graph_layer", "backward", 2, molecule="ethanol"), "graph_layer backward egnn"),
+    ],
+)
+def test_two_threads_are_set_back(row: Row, measured: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, asked = torch.get_num_threads(), []
+    set_num_threads = torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: (asked.append(n), set_num_threads(n)))
+    task, alone = (make_task(name, row, CPU) for name in (TWO_THREADS, "ours"))
+    found, expected = task.values(), alone.values()
+    task.run()
+    assert asked == [2, before] * 2
     assert torch.get_num_threads() == before
-    assert TWO_THREADS in contenders(select(cpu_rows(), ["eigh * random 13 B=4096 fp32"])[0])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-4)
+    assert TWO_THREADS in contenders(select(cpu_rows(), [measured])[0])
 
 
 def test_counting_and_weighing() -> None:
