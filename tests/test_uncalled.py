@@ -4,7 +4,9 @@ names it.
 
 from __future__ import annotations
 
+import copy
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -169,10 +171,12 @@ def test_what_would_not_run_is_refused(
 ) -> None:
     errors = (RuntimeError, TypeError, ValueError)
     model = gfnode_fast.FourierMD(**constructor())
+    if late:
+        model(**inputs())
     change(model.get_submodule(where))
+    with pytest.raises(errors, match=rf"^FourierMD: `{where}.*` must .*{message}.*; undo that"):
+        model(**inputs())
     if not late:
-        with pytest.raises(errors, match=rf"^FourierMD: `{where}.*` must .*{message}.*; undo that"):
-            model(**inputs())
         model.backend = "reference"
         if "Identity" not in message:  # with which the published model cannot run either
             model(**inputs())
@@ -184,6 +188,58 @@ def test_what_would_not_run_is_refused(
         slow(**inputs()) if late else gfnode_fast.accelerate(slow)
     if not late and "Identity" not in message:
         assert re.search(message, str(caught.value))
+
+
+def replace_hooks(module: nn.Module) -> None:
+    module._forward_hooks = OrderedDict({0: nothing})  # which no handle has counted
+
+
+def reorder(module: nn.Module) -> None:
+    module._modules["0"] = module._modules.pop("0")
+
+
+def exchange_for_a_forward(module: nn.Module) -> None:
+    """As many attributes as before."""
+    del module.in_features
+    twice(module)
+
+
+def exchange_for_a_solve(module: nn.Module) -> None:
+    del module.no_ode
+    module.solve = nothing  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("where", "change", "message"),
+    [
+        ("decode_layers.0.node_net.mlp.0", replace_hooks, "have no hooks"),
+        ("decode_layers.0.node_net.mlp", reorder, "hold 0, 1, 2"),
+        ("decode_layers.0.node_net.mlp.0", exchange_for_a_forward, "its class's forward"),
+        ("freq_conv.t_conv", exchange_for_a_solve, "its class's solve"),
+        ("decode_layers.0.node_net.mlp.1", lambda m: setattr(m, "alpha", 2.0), "be ELU"),
+        ("decode_layers.0.node_net.mlp.0", lambda m: twice(type(m)), "be of class Linear"),
+    ],
+)
+def test_small_changes_between_calls_are_noticed(
+    where: str, change: Callable[[nn.Module], object], message: str
+) -> None:
+    """Also where activations are instances of their own, and in copies."""
+
+    class Plain(nn.Linear):
+        """Of which a change of nn.Linear's forward would be one too."""
+
+    model = gfnode_fast.FourierMD(**constructor(activation=nn.ELU()))
+    for layer in (*model.encode_layers, *model.decode_layers):
+        layer.node_net.mlp[1] = nn.ELU()
+        layer.node_net.mlp[0].__class__ = Plain
+    expected = model(**inputs())[0]
+    other = copy.deepcopy(model)
+    assert torch.equal(other(**inputs())[0], expected)
+    change(model.get_submodule(where))
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
+        model(**inputs())
+    if "class Linear" not in message:
+        assert torch.equal(other(**inputs())[0], expected)
 
 
 @pytest.mark.parametrize(

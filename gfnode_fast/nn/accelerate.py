@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gfnode_fast.nn.arguments import arguments_of
 from gfnode_fast.nn.backends import BackendReport
 from gfnode_fast.nn.fourier_md import FourierMD
-from gfnode_fast.nn.uncalled import refuse_changes
+from gfnode_fast.nn.unchanged import Unchanged
 from gfnode_fast.reference.model import FourierMD as PublishedFourierMD
 from gfnode_fast.solvers.mode import SolverMode
 from gfnode_fast.solvers.stats import SolveStats
@@ -56,26 +56,15 @@ class AcceleratedForward:
             for name in UNTOLD
             if name not in CHANGEABLE and hasattr(model, name)
         }
-        self.modules = [
-            (f"{path}.{name}" if path else name, parent, name, child)
-            for path, parent in model.named_modules()
-            for name, child in parent.named_children()
-        ]
         self.tables = [
-            (path, module, type(module), tuple(module._modules), tuple(module._parameters))
+            (path, module, type(module), dict(module._modules), list(module._parameters))
             for path, module in model.named_modules()
         ]
+        self._unchanged = Unchanged()
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        for path, parent, name, child in self.modules:
-            if parent._modules.get(name) is not child:
-                raise RuntimeError(
-                    f"accelerate: `model.{path}` must be the module that was accelerated, got "
-                    "another; call restore(model), then accelerate(model) again"
-                )
+        self._check_tables()
         self.refuse_changes()
-        if not torch.compiler.is_compiling():
-            self._check_tables()
         for name, fixed in self.fixed.items():
             value = getattr(self.model, name, None)
             if value is not fixed and value != fixed:
@@ -98,7 +87,7 @@ class AcceleratedForward:
         for part, child in self.model._modules.items():
             if child is not None:
                 activation = self.fast.activation if part == "activation" else of_layers
-                refuse_changes(
+                self._unchanged.refuse_changes(
                     "accelerate",
                     self.model,
                     part,
@@ -111,14 +100,23 @@ class AcceleratedForward:
     def _check_tables(self) -> None:
         again = "as when it was accelerated"
         remedy = "call restore(model), then accelerate(model) again"
+        is_traced = torch.compiler.is_compiling()  # a graph guards all it looks at, hence children
         for path, module, kind, children, parameters in self.tables:
-            if (
+            if not is_traced and (
                 type(module) is kind
-                and tuple(module._modules) == children
-                and tuple(module._parameters) == parameters
+                and module._modules == children
+                and [*module._parameters] == parameters
             ):
                 continue
             where = f"model.{path}" if path else "model"
+            for name, child in children.items():
+                if module._modules.get(name) is not child:
+                    raise RuntimeError(
+                        f"accelerate: `{where}.{name}` must be the module that was accelerated, "
+                        f"got another; {remedy}"
+                    )
+            if is_traced:
+                continue
             if type(module) is not kind:
                 raise RuntimeError(
                     f"accelerate: `{where}` must be of class {kind.__name__}, {again}, got "

@@ -25,7 +25,7 @@ from gfnode_fast.nn.backends import (
     requested_backend,
 )
 from gfnode_fast.nn.graph_layers import apply_layer, layers_kept
-from gfnode_fast.nn.uncalled import refuse_changes
+from gfnode_fast.nn.unchanged import Unchanged
 from gfnode_fast.ops.edge_differences import edge_differences
 from gfnode_fast.ops.graph_layers_torch import State
 from gfnode_fast.ops.joint_status import check_max_attempts
@@ -147,6 +147,7 @@ class FourierMD(reference.FourierMD):
         check_request(self._request())
         self.last_solve = {"freq_conv": SolveStats(), "freq_conv_x": SolveStats()}
         self._chosen: dict[tuple[object, ...], dict[str, Part]] = {}
+        self._unchanged = Unchanged()
         if self.embedding.weight.device.type != "meta":
             self._parts()
 
@@ -296,7 +297,8 @@ class FourierMD(reference.FourierMD):
         for part in parts:
             activation = of_layers if part.endswith("layers") else self.activation
             remedy = "use backend='reference', which calls every module"
-            refuse_changes(type(self).__name__, self, part, activation, remedy)
+            name = type(self).__name__
+            self._unchanged.refuse_changes(name, self, part, activation, remedy)
 
     def _first_kept(self, layers: nn.ModuleList, num_edges: int, backend: str) -> int:
         """The first of the layers whose edge intermediates are kept for backward."""

@@ -7,6 +7,7 @@ the one of a class put in the place of the published one, such as an adapter's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, NoReturn
 
 from torch import Tensor, nn
@@ -65,9 +66,9 @@ _PARTS: dict[str, Form | None] = {
     "fc_logvar_x": _LINEAR,
     "activation": None,
 }
-_METHODS = frozenset(("forward", "transform", "transform_back", "solve"))
+METHODS = frozenset(("forward", "transform", "transform_back", "solve"))
 _DIFFERENCES = (difference, edge_differences)
-_HOOKS = {
+HOOKS = {
     "_forward_pre_hooks": "a forward pre-hook",
     "_forward_hooks": "a forward hook",
     "_backward_pre_hooks": "a backward pre-hook",
@@ -139,7 +140,7 @@ def _problem(
     """Of a module or what is below it. A plain recursion, because every forward takes it."""
     below: Below | None = {}
     if form is None:
-        if module is not activation and not _is_same(module, activation):
+        if type(module) is not type(activation) or not are_same((module,), activation):
             return _Problem(TypeError, f"be {activation}, the model's activation,", str(module))
     else:
         below = form.get(type(module))  # type: ignore[arg-type]  # None has no form either
@@ -171,7 +172,7 @@ def _below_of_another(kind: type, form: Form, foreign: bool) -> Below | None:
     """The children of a class that the form does not name, or None where it is not accepted."""
     for known, below in form.items():
         if issubclass(kind, known):  # one that changes nothing, as a parametrisation makes
-            same = all(getattr(kind, m, None) is getattr(known, m, None) for m in _METHODS)
+            same = all(getattr(kind, m, None) is getattr(known, m, None) for m in METHODS)
             return below if same else None
     ours = all(known.__module__.startswith("gfnode_fast.") for known in form)
     if foreign and ours and issubclass(kind, nn.Module):
@@ -187,11 +188,11 @@ def _put_on(module: nn.Module) -> _Problem | None:
         or held["_backward_pre_hooks"]
         or held["_backward_hooks"]
     ):
-        table, kind = next((table, kind) for table, kind in _HOOKS.items() if held[table])
+        table, kind = next((table, kind) for table, kind in HOOKS.items() if held[table])
         hook = next(iter(held[table].values()))
         return _Problem(RuntimeError, "have no hooks", f"{kind}, {_name_of(hook)}")
-    if not held.keys().isdisjoint(_METHODS):
-        name = next(name for name in sorted(_METHODS) if name in held)
+    if not held.keys().isdisjoint(METHODS):
+        name = next(name for name in sorted(METHODS) if name in held)
         got = f"{_name_of(held[name])} put on the module"
         return _Problem(RuntimeError, f"have its class's {name}", got)
     if "difference" in held and held["difference"] not in _DIFFERENCES:
@@ -204,13 +205,19 @@ def _name_of(function: object) -> str:
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
-def _is_same(module: nn.Module | None, activation: nn.Module) -> bool:
-    """Whether one instance stands for the other, now and after training."""
-    if type(module) is not type(activation) or any(activation.state_dict(keep_vars=True)):
-        return False
-    mine, other = vars(module), vars(activation)
-    return mine.keys() == other.keys() and all(
-        name == "training" or value is other[name] or _is_equal(value, other[name])
+def are_same(modules: Iterable[nn.Module], activation: nn.Module) -> bool:
+    """Whether each of these of its class stands for the activation, now and after training."""
+    others = [module for module in modules if module is not activation]
+    return not others or (
+        not any(activation.state_dict(keep_vars=True))
+        and all(_has_attributes_of(activation, other) for other in others)
+    )
+
+
+def _has_attributes_of(activation: nn.Module, other: nn.Module) -> bool:
+    mine, its = vars(activation), vars(other)
+    return mine.keys() == its.keys() and all(
+        name == "training" or value is its[name] or _is_equal(value, its[name])
         for name, value in mine.items()
     )
 
