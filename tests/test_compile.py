@@ -92,13 +92,30 @@ def test_one_graph_with_the_right_gradients(changes: dict[str, Any]) -> None:
     assert_same(outcome(compiled, inputs()), expected)
 
 
-def test_few_compilations_over_batch_sizes() -> None:
+FEW = [(2, 4), (3, 6), (1, 5), (5, 3), (4, 4), (1, 2), (7, 6)]
+MANY = [*FEW, (4, 1), (3, 1), (6, 2), (2, 2), (1, 7), (5, 1), (8, 5), (2, 1), (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "sizes", "graphs"),
+    [
+        ("eager", FEW, 3),  # the first sizes, others, one molecule
+        pytest.param("aot_eager", MANY, 4, marks=pytest.mark.slow),  # one time
+    ],
+    ids=["eager", "aot_eager"],
+)
+def test_few_compilations_over_batch_sizes_and_times(
+    backend: str, sizes: list[tuple[int, int]], graphs: int
+) -> None:
     model = build()
-    counter = CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for batch in (2, 3, 5, 4):
-        assert_same(outcome(compiled, inputs(batch)), outcome(model, inputs(batch)))
-    assert counter.frame_count <= 2
+    for batch, num_times in sizes:
+        given = inputs(batch, num_timesteps=num_times)
+        actual = outcome(compiled, given)
+        model.num_timesteps = num_times  # which graphs do not read
+        assert_same(actual, outcome(model, given))
+    assert counter.frame_count == graphs
 
 
 def test_bad_times_are_refused_where_they_are_used() -> None:

@@ -73,6 +73,8 @@ class AcceleratedForward:
                     f"{value}; call restore(model), then accelerate(model) again"
                 )
         for name in CHANGEABLE:
+            if name == "num_timesteps" and torch.compiler.is_compiling():
+                continue  # a graph takes any
             value = getattr(self.model, name, None)
             if value is not None:
                 setattr(self.fast, name, value)

@@ -107,8 +107,10 @@ class FourierMD(reference.FourierMD):
         are not positive, give NaN and raise at a later step or when `last_solve` is read.
 
         torch.compile(model) gives one graph: in it the propagation is one operator, whose backward
-        solves again, and the times are checked where they are used. With backend="compiled" the
-        graph is split around each solve.
+        solves again, and the times are checked where they are used. From the second sizes on it
+        serves any number of molecules and of times (`num_timesteps` is not looked at); one molecule
+        and one time have graphs of their own. With backend="compiled" it is split around each
+        solve.
 
     Raises:
         TypeError, ValueError: an argument with which the published model crashes, or that
@@ -309,6 +311,10 @@ class FourierMD(reference.FourierMD):
                 return 0
             return len(layers) - layers_kept(layers, num_edges, weight.dtype, backend)
         return len(layers) if self.recompute else 0
+
+    def _expected_times(self) -> int | None:
+        # A graph that reads the number serves no other one.
+        return None if torch.compiler.is_compiling() else self.num_timesteps
 
     def _reads_times(self) -> bool:
         parts = self._parts()

@@ -195,7 +195,7 @@ def check_forward(
     eigvecs: object,
     num_atoms: object,
     num_modes: int,
-    num_timesteps: int,
+    num_timesteps: int | None,
     delta_frame: object,
     in_node_nf: int,
     in_edge_nf: int,
@@ -206,7 +206,8 @@ def check_forward(
 ) -> tuple[int, int]:
     """Refuse inputs with which the published model cannot run; returns (B, N).
 
-    Inputs must have `parameter`'s device and, unless autocast converts them, its dtype.
+    Inputs must have `parameter`'s device and, unless autocast converts them, its dtype. Where
+    `num_timesteps` is None, any number of times will do.
     """
     device = parameter.device
     dtype = None if torch.is_autocast_enabled(device.type) else parameter.dtype
@@ -304,14 +305,15 @@ def check_edges(
 def check_times(
     timeframes: object,
     batch: int,
-    num_timesteps: int,
+    num_timesteps: int | None,
     solves: bool,
     *,
     reads_values: bool = True,
 ) -> None:
     """Refuse anything but (B, T) positive frames, without gradient where `solves`."""
     if (
-        isinstance(timeframes, Tensor)
+        num_timesteps is not None
+        and isinstance(timeframes, Tensor)
         and timeframes.dim() == 2
         and timeframes.shape[1] != num_timesteps
     ):

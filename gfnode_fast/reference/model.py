@@ -212,7 +212,7 @@ class FourierMD(nn.Module):
             eigvecs=U_batch,
             num_atoms=self.num_atoms,
             num_modes=self.num_modes,
-            num_timesteps=self.num_timesteps,
+            num_timesteps=self._expected_times(),
             delta_frame=self.delta_frame,
             in_node_nf=self.in_node_nf,
             in_edge_nf=self.in_edge_nf,
@@ -284,6 +284,10 @@ class FourierMD(nn.Module):
             vectors_t = self._propagated(self.freq_conv_x, vectors, s, eigvecs)
         x_t = vectors_t[..., 0].reshape(-1, 3) + loc_mean.repeat(num_times, 1)
         return x_t, vectors_t[..., 1].reshape(-1, 3), features_t.reshape(-1, features_t.shape[-1])
+
+    def _expected_times(self) -> int | None:
+        """The width that times are checked for, None for any."""
+        return self.num_timesteps
 
     def _reads_times(self) -> bool:
         """Whether the values of the times are checked before the solve, which waits for a GPU."""
