@@ -147,9 +147,10 @@ def _chosen() -> dict[str, dict[str, str]]:
     chosen = {
         "FourierMD": model,
         "graph layers on the CPU": {"backend": layers[0], "reason": layers[1]},
-        "transforms and solves on the CPU": {
-            "backend": "torch",
-            "reason": "Triton kernels are for GPUs",
+        "transforms on the CPU": {"backend": "torch", "reason": "Triton kernels are for GPUs"},
+        "solves of linear dynamics on the CPU": {
+            "backend": layers[0],
+            "reason": problem or "in float32 and float64, else torch",
         },
     }
     eigh, eigh_reason = choose_eigh(torch.device("cpu"), 0)

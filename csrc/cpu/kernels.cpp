@@ -20,12 +20,14 @@ namespace baseline {  // 128-bit vectors: every x86-64 and arm64
 #include "edge_layers.inc"
 #include "row_mlp.inc"
 #include "synthesis.inc"
+#include "powers.inc"
 #undef GFNODE_LANES
 #undef GFNODE_TILE_ROWS
 #undef GFNODE_INLINE
 constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,    sum_backward,
                         mlp_forward,  mlp_backward,  linear_forward, linear_backward,
-                        synthesis_forward, synthesis_backward};
+                        synthesis_forward, synthesis_backward, powers_table<float>,
+                        powers_table<double>};
 }  // namespace baseline
 
 #ifdef GFNODE_X86_KERNELS
@@ -38,12 +40,14 @@ namespace avx2 {
 #include "edge_layers.inc"
 #include "row_mlp.inc"
 #include "synthesis.inc"
+#include "powers.inc"
 #undef GFNODE_LANES
 #undef GFNODE_TILE_ROWS
 #undef GFNODE_INLINE
 constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,    sum_backward,
                         mlp_forward,  mlp_backward,  linear_forward, linear_backward,
-                        synthesis_forward, synthesis_backward};
+                        synthesis_forward, synthesis_backward, powers_table<float>,
+                        powers_table<double>};
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -56,12 +60,14 @@ namespace avx512 {
 #include "edge_layers.inc"
 #include "row_mlp.inc"
 #include "synthesis.inc"
+#include "powers.inc"
 #undef GFNODE_LANES
 #undef GFNODE_TILE_ROWS
 #undef GFNODE_INLINE
 constexpr Kernels table{egnn_forward, egnn_backward, sum_forward,    sum_backward,
                         mlp_forward,  mlp_backward,  linear_forward, linear_backward,
-                        synthesis_forward, synthesis_backward};
+                        synthesis_forward, synthesis_backward, powers_table<float>,
+                        powers_table<double>};
 }  // namespace avx512
 #pragma GCC pop_options
 #endif

@@ -1,6 +1,7 @@
 // The CPU kernels, compiled for several instruction sets.
 #pragma once
 #include "edge_layers.h"
+#include "powers.h"
 #include "row_mlp.h"
 #include "synthesis.h"
 
@@ -19,6 +20,8 @@ struct Kernels {
   void (*linear_backward)(const RowLinear &, float *weight, int64_t begin, int64_t end);
   void (*synthesis_forward)(const Synthesis &, int64_t begin, int64_t end);
   void (*synthesis_backward)(const Synthesis &, const SynthesisGrads &, int64_t begin, int64_t end);
+  PowersKernels<float> powers;
+  PowersKernels<double> powers_double;
 };
 
 // Those of the widest instruction set this processor has.

@@ -28,9 +28,16 @@ inline void check(const Tensor &tensor, const char *op, const char *name, const 
                   "` must be contiguous on the CPU");
 }
 
+template <typename Real>
+const Real *reals(const Tensor &tensor, const char *op, const char *name, const Shape &shape) {
+  using torch::headeronly::ScalarType;
+  check(tensor, op, name, shape,
+        sizeof(Real) == sizeof(float) ? ScalarType::Float : ScalarType::Double);
+  return static_cast<const Real *>(tensor.const_data_ptr());
+}
+
 inline const float *floats(const Tensor &tensor, const char *op, const char *name, const Shape &shape) {
-  check(tensor, op, name, shape, torch::headeronly::ScalarType::Float);
-  return static_cast<const float *>(tensor.const_data_ptr());
+  return reals<float>(tensor, op, name, shape);
 }
 
 inline const int64_t *longs(const Tensor &tensor, const char *op, const char *name, const Shape &shape) {

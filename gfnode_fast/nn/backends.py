@@ -12,6 +12,7 @@ from torch import nn
 
 from gfnode_fast.ops import graph_layers_triton, synthesis
 from gfnode_fast.ops.compiled_solve import check_compilable
+from gfnode_fast.ops.cpp_solve import why_no_cpp_solve
 from gfnode_fast.ops.dispatch import choose_backend, why_no_triton
 from gfnode_fast.ops.graph_fourier_registered import too_many_modes
 from gfnode_fast.ops.graph_layers import PRECISIONS
@@ -250,6 +251,11 @@ def _solve(request: Request, ode: ModeODE | None, device: torch.device, dtype: t
     if backend.backend in ("triton", "compiled", "reference"):
         return backend
     why = ""
+    if backend.backend in ("auto", "cpp") and device.type == "cpu":
+        problem = why_no_cpp_solve(ode, request.solver_mode, device, dtype)
+        if problem is None:
+            return Part("cpp", _solver_of(request, ode))
+        why = f"; no C++ kernel: {problem}"
     if backend.backend == "auto" and device.type == "cuda":
         unserved = why_no_triton_solve(ode, request.solver_mode)
         unserved = unserved or unserved_by_triton(dtype, ode.ode_func.weights1.shape[2])

@@ -52,7 +52,8 @@ class FourierMD(reference.FourierMD):
             "auto", the default (and None): per part what measured best on the device, unless the
             environment variable GFNODE_BACKEND names one of the others.
             "torch": PyTorch alone, linear in the batch.
-            "cpp": graph layers by the C++ kernels (CPU, float32, SiLU or Tanh), solves by PyTorch.
+            "cpp": graph layers by the C++ kernels (CPU, float32, SiLU or Tanh), and solves where
+            there is one for them, the others by PyTorch.
             "triton": layers, transforms and solves by Triton kernels, on a GPU.
             "compiled": as "auto", but solves in graphs of torch.compile, made at the first use
             (which can take minutes; see `solvers.compiled`).
@@ -340,7 +341,7 @@ class FourierMD(reference.FourierMD):
         stats = self.last_solve[part]
         if not torch.compiler.is_compiling():  # a number that changes would be a new graph
             stats.reset()
-        is_opaque = torch.compiler.is_compiling() and backend in ("torch", "reference")
+        is_opaque = torch.compiler.is_compiling() and backend in ("torch", "cpp", "reference")
         if backend == "reference" and not is_opaque:
             return super()._propagated(propagator, signal, s, eigvecs, beside)
         self._refuse_changes(part, "activation")

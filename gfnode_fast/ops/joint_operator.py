@@ -83,7 +83,8 @@ def joint_on_torch(
         return no_values(y0, times, *rhs.parameters), status
     last = times.detach().double().amax()
     check_joint_status(with_times_checked(status, times, last), op=op)
-    values = solve_joint(rhs, y0.transpose(0, 1), times, tableau, rtol, atol)
+    y0 = y0.transpose(0, 1)
+    values = solve_joint(rhs, y0, times, tableau, rtol, atol, backend="torch")
     return values.permute(1, 0, 3, 2, 4), status
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from gfnode_fast.ops.compiled_solve import compiled_solve
+from gfnode_fast.ops.cpp_solve import check_cpp_solve
 from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
 from gfnode_fast.ops.graph_fourier_torch import sum_beside
 from gfnode_fast.ops.joint_status import MAX_ATTEMPTS, check_max_attempts
@@ -28,7 +29,7 @@ from gfnode_fast.solvers.per_molecule import solve_per_molecule
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import ADAPTIVE, FIXED_GRID
 
-SOLVE_BACKENDS = ("torch", "compiled", "triton")
+SOLVE_BACKENDS = ("torch", "cpp", "compiled", "triton")
 CHAOTIC_TIME_MODES = ("posenc", "rope")
 
 
@@ -55,8 +56,9 @@ def propagate(
         times: (B, T) normalised times > 0.
         eigvecs: (B, N, N) for the graph basis, else ignored; (ΣN²,) with `ptr`.
         stats: counts evaluations and steps when given, and keeps what `max_attempts` follows from.
-        backend: of the solve: "torch", "compiled" for torch.compile around the solver loop, or
-            "triton", which takes the transforms too.
+        backend: of the solve: "torch", "cpp" for linear and affine dynamics (`why_no_cpp_solve`),
+            "compiled" for torch.compile around the solver loop, or "triton", which takes the
+            transforms too.
         transforms: "torch", "triton", or "auto", which takes Triton where `graph_fourier` does and
             the compiled inverse on the CPU where it serves (`synthesis`).
         solver_mode: "joint" takes the published solver's steps; "per_molecule", "exact" and
@@ -79,8 +81,8 @@ def propagate(
         TypeError, ValueError: a `beside` of another shape or dtype, or without `activation`.
         ValueError: another backend; a solver_mode that this dynamics, solver or backend does not
             have; times that are not positive and finite, in a mode other than "joint".
-        RuntimeError: backend="compiled" or "triton" with what it does not have (`check_compilable`,
-            `check_triton_solve`).
+        RuntimeError: another backend than "torch" with what it does not have (`check_cpp_solve`,
+            `check_compilable`, `check_triton_solve`).
         SolverError: non-finite state or step underflow, or too few `max_attempts`; with
             backend="triton" on a GPU from `stats`, later, and until then the values are NaN.
 
@@ -104,10 +106,12 @@ def propagate(
         solved = triton_solve(ode, modes, times, stats, solver_mode, max_attempts)
     elif backend == "compiled":
         solved = compiled_solve(propagator.t_conv, modes, times, stats, solver_mode)
-    elif solver_mode != "joint":
-        solved = _solve_in_mode(propagator.t_conv, modes, times, stats, solver_mode)
     else:
-        solved = _solve(propagator.t_conv, modes, times, stats)
+        if backend == "cpp":
+            ode = propagator.t_conv
+            check_cpp_solve("propagate", ode, solver_mode, modes.device, modes.dtype)
+        solve = _solve if solver_mode == "joint" else _solve_in_mode
+        solved = solve(propagator.t_conv, modes, times, stats, solver_mode, backend)
     return _transform_back(propagator, solved, signal, eigvecs, ptr, activation, beside, transforms)
 
 
@@ -204,11 +208,16 @@ def _transform(
     return modes.view(*modes.shape[:2], *signal.shape[-2:]).transpose(0, 1)
 
 
-def _solve(ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats) -> Tensor:
-    """(M, B, D, C) → (B, T, D, M, C)."""
+def _solve(
+    ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats, mode: SolverMode, backend: str
+) -> Tensor:
+    """(M, B, D, C) → (B, T, D, M, C), in mode "joint"."""
     function = right_hand_side(ode.ode_func)
     if ode.solver in ADAPTIVE and not ode.no_ode:
-        return solve_joint(function, modes, times, ADAPTIVE[ode.solver], ode.rtol, ode.atol, stats)
+        tableau = ADAPTIVE[ode.solver]
+        return solve_joint(
+            function, modes, times, tableau, ode.rtol, ode.atol, stats, backend=backend
+        )
     if ode.solver in FIXED_GRID and not ode.no_ode:
         return solve_grid(function, modes, times, FIXED_GRID[ode.solver], stats)
 
@@ -222,12 +231,12 @@ def _solve(ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats) -> Ten
 
 
 def _solve_in_mode(
-    ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats, mode: SolverMode
+    ode: ModeODE, modes: Tensor, times: Tensor, stats: SolveStats, mode: SolverMode, backend: str
 ) -> Tensor:
     """(M, B, D, C) → (B, T, D, M, C), in any mode but "joint"."""
     function = right_hand_side(ode.ode_func)
     if mode == "exact":
-        return solve_exact(function, modes, times, ode.rtol, ode.atol, stats)
+        return solve_exact(function, modes, times, ode.rtol, ode.atol, stats, backend=backend)
     if isinstance(mode, FixedStep):
         tableau = FIXED_GRID[ode.solver]
         return solve_fixed(function, modes, times, tableau, mode.step_size, stats)

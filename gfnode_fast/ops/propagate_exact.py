@@ -77,8 +77,8 @@ def propagate_exact(
         if y0.numel() == 0 or times.numel() == 0:
             return no_values(y0, times, weight, slope), status
         rhs = linear_rhs(weight, slope)
-        values = solve_exact(rhs, y0.transpose(0, 1), times).permute(1, 0, 3, 2, 4)
-        return values, status
+        values = solve_exact(rhs, y0.transpose(0, 1), times, backend="torch")
+        return values.permute(1, 0, 3, 2, 4), status
     values, status, _ = exact_on_triton(y0, weight, slope, times)
     if y0.device.type == "cpu" and not torch.compiler.is_compiling():
         check_status(status)

@@ -46,7 +46,7 @@ def propagate_opaque(
     Args:
         propagator, signal, times, eigvecs: as `propagate` takes them.
         solver_mode: as there.
-        backend: "torch", or "reference" for the published algorithm.
+        backend: "torch", "cpp", or "reference" for the published algorithm.
         transforms: as there; without effect on the published algorithm.
 
     Returns:

@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from gfnode_fast.solvers import powers
 from gfnode_fast.solvers.errors import SolverError, check_state, check_times
 from gfnode_fast.solvers.forced import forced_response
+from gfnode_fast.solvers.powers import Powers, choose_powers
 from gfnode_fast.solvers.rhs import LinearRHS, RightHandSide
 from gfnode_fast.solvers.stage import flat
 from gfnode_fast.solvers.stats import SolveStats
@@ -93,6 +94,7 @@ class Plan:
         norm: bound of ‖W‖.
         degree: K. substeps: per unit of time.
         may_overflow: whether the values have to be looked at.
+        powers: who multiplies.
     """
 
     norm: float
@@ -100,10 +102,16 @@ class Plan:
     substeps: int
     num_steps: int
     may_overflow: bool
+    powers: Powers = powers.TORCH
 
 
 def make_plan(
-    rows: Tensor, weight: Tensor, slope: Tensor | None, times: Tensor, components: int
+    rows: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    times: Tensor,
+    components: int,
+    multiplies: Powers = powers.TORCH,
 ) -> Plan:
     """Reads ‖W‖, max |y0|, max |b| and the times' range: the one host synchronisation of a solve.
 
@@ -142,39 +150,27 @@ def make_plan(
     terms = MAX_THETA[dtype] + degree * math.log(max(norm / substeps, 1.0))
     growth = norm * last + terms + math.log(max(largest, 1.0) * weight.shape[-1])
     may_overflow = growth > math.log(torch.finfo(dtype).max) - 1
-    return Plan(norm, degree, substeps, max(1, math.ceil(last * substeps)), may_overflow)
+    num_steps = max(1, math.ceil(last * substeps))
+    return Plan(norm, degree, substeps, num_steps, may_overflow, multiplies)
 
 
 @lru_cache(maxsize=64)
 @kept()
-def _taylor_rows(degree: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """e_0 and (0, 1, 1/2, ... 1/K), whose running product with x is x^k/k!."""
-    first = torch.zeros(degree + 1, dtype=torch.float64)
-    first[0] = 1
-    ratios = torch.zeros(degree + 1, dtype=torch.float64)
-    ratios[1:] = 1 / torch.arange(1, degree + 1, dtype=torch.float64)
-    return first.to(device), ratios.to(device)
+def _taylor_table(degree: int, device: torch.device) -> Tensor:
+    """1, 1, 1/2, ... 1/K! on the diagonal."""
+    numbers = torch.arange(degree + 1, dtype=torch.float64)
+    return torch.diag(1 / numbers.clamp(min=1).cumprod(0)).to(device)
 
 
-def _taylor_weights(x: Tensor, degree: int) -> Tensor:
-    """x^k/k! for k = 0 ... K as a last axis, float64."""
-    first, ratios = _taylor_rows(degree, x.device)
-    return torch.addcmul(first, x.unsqueeze(-1), ratios).cumprod(dim=-1)
-
-
-def _reading_weights(plan: Plan, times: Tensor, step: int, dtype: torch.dtype) -> Tensor:
+def _reading_weights(plan: Plan, times: Tensor, step: int, like: Tensor) -> Tensor:
     """Weights (B, T, K+1) of the derivatives at a step's start, 0 for times outside the step."""
-    if plan.num_steps == 1:
-        return _taylor_weights(times, plan.degree).to(dtype)
-    inside = times > step
-    if step + 1 < plan.num_steps:
-        inside &= times <= step + 1
-    x = (times - step).where(inside, times.new_zeros(()))
-    return (_taylor_weights(x, plan.degree) * inside.unsqueeze(-1)).to(dtype)
+    end = step + 1.0 if step + 1 < plan.num_steps else math.inf
+    table = _taylor_table(plan.degree, times.device)
+    return plan.powers.weights(times, table, float(step), 1.0, end, like)
 
 
 def _end_weights(plan: Plan, like: Tensor) -> Tensor:
-    return _taylor_weights(like.new_ones((), dtype=torch.float64), plan.degree).to(like.dtype)
+    return _taylor_table(plan.degree, like.device).diagonal().to(like.dtype)
 
 
 def _derivatives(
@@ -183,7 +179,7 @@ def _derivatives(
     """P (K+1, R, M, C) at a step's start."""
     buffer = state.new_empty(plan.degree + 1, *state.shape)
     buffer[0] = state
-    powers.fill(buffer, weight, slope, step)
+    plan.powers.fill(buffer, weight, slope, step)
     return buffer
 
 
@@ -223,24 +219,23 @@ class _ExactSolve(torch.autograd.Function):
     ) -> Tensor:
         batch = len(times)
         starts = [rows]
-        values = rows.new_empty(0)
+        values: Tensor | None = None
         for step in range(plan.num_steps):
             if plan.may_overflow:
                 starts[-1] = _drop_arrived(starts[-1], times, step)
             buffer = _derivatives(plan, step, starts[-1], weight, slope)
             if plan.may_overflow:
                 _check_finite(plan, buffer, batch, step)
-            by_molecule = powers.by_molecule(buffer, batch)
-            reading = _reading_weights(plan, times, step, by_molecule.dtype)
-            if step == 0:
-                values = torch.bmm(reading, by_molecule)
-            else:
-                values.baddbmm_(reading, by_molecule)
+            reading = _reading_weights(plan, times, step, buffer)
+            values = plan.powers.read(reading, buffer, values)
             if step + 1 < plan.num_steps:
-                starts.append(powers.combine(buffer, _end_weights(plan, by_molecule)))
+                ends = _end_weights(plan, values).expand(batch, 1, -1).contiguous()
+                end = plan.powers.read(ends, buffer)
+                starts.append(powers.as_complex_or_real(end, rows))
         ctx.plan, ctx.has_slope = plan, slope is not None
         forced = () if slope is None else (slope,)
         ctx.save_for_backward(times, weight, *forced, buffer, *starts)
+        assert values is not None
         return values
 
     @staticmethod
@@ -250,22 +245,20 @@ class _ExactSolve(torch.autograd.Function):
         times, weight, *saved = ctx.saved_tensors
         slope = saved.pop(0) if ctx.has_slope else None
         buffer, *starts = saved
-        adjoint_weight = weight.mH
-        grad_weight = grad_slope = None
-        grad_state = None
+        grad_values = grad_values.contiguous()
+        grad_weight = grad_slope = grad_state = None
         for step in reversed(range(plan.num_steps)):
             if step + 1 < plan.num_steps:
                 buffer = _derivatives(plan, step, starts[step], weight, slope)
-            reading = _reading_weights(plan, times, step, grad_values.dtype)
-            grad = powers.pull_readings(reading, grad_values, buffer)
+            reading = _reading_weights(plan, times, step, grad_values)
+            grad = plan.powers.pull_readings(reading, grad_values, buffer)
             if grad_state is not None:
                 end = _end_weights(plan, grad_values)
                 flat(grad).addr_(end, flat(grad_state.unsqueeze(0))[0])
-            more = powers.pull_back(buffer, grad, adjoint_weight)
-            grad_weight = more if grad_weight is None else grad_weight.add_(more)
-            if slope is not None:
-                more = powers.pull_slope(grad, step)
-                grad_slope = more if grad_slope is None else grad_slope.add_(more)
+            of_weight, of_slope = plan.powers.pull_back(buffer, grad, weight, slope, step)
+            grad_weight = of_weight if grad_weight is None else grad_weight.add_(of_weight)
+            if of_slope is not None:
+                grad_slope = of_slope if grad_slope is None else grad_slope.add_(of_slope)
             grad_state = grad[0]
         return None, None, grad_state, grad_weight, grad_slope
 
@@ -277,6 +270,8 @@ def solve_exact(
     rtol: float = 1e-6,
     atol: float = 1e-9,
     stats: SolveStats | None = None,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Values of linear or affine dynamics at every molecule's own times, without a solver.
 
@@ -287,6 +282,7 @@ def solve_exact(
         rtol, atol: tolerances of the quadrature of a forcing that is not proportional to s; the
             part that is linear in y0, and a forcing s b, are exact whatever they are.
         stats: counts products with W (evaluations) and steps when given.
+        backend: of the products, "torch", "cpp" or "auto" (`powers.choose_powers`).
 
     Returns:
         (B, T, D, M, C). Relative to max‖y‖ along the path the error is at most 1e-6 max(1, ‖sW‖) in
@@ -296,12 +292,13 @@ def solve_exact(
     Raises:
         ValueError: a right-hand side that mixes modes, so is not linear.
         SolverError: a state or weights that are not finite; a forcing that cannot be resolved.
+        RuntimeError: C++ was asked for and cannot serve.
 
     Notes:
         Deterministic. Linear in B and T; ‖sW‖ / 2 or so steps when that exceeds 1. The norms of W
         and y0 are read on the host once per solve, on a GPU too. Once differentiable, in y0 and the
         parameters (the forcing's own any number of times); `times` get no gradient. An answer does
-        not depend on batch mates beyond the rounding of the matrix products.
+        not depend on batch mates: bit for bit in C++, up to the rounding of BLAS in PyTorch.
     """
     if not isinstance(rhs, LinearRHS):
         raise ValueError(
@@ -309,13 +306,14 @@ def solve_exact(
             "mode_interaction='no_interaction' or solver_mode='joint'"
         )
     modes, batch, components, channels = y0.shape
-    rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels)
-    times = times.detach().double()
-    weight, slope = rhs.weight, rhs.slope()
+    rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels).contiguous()
+    times = times.detach().double().contiguous()
+    weight, slope = rhs.weight.contiguous(), rhs.slope()
     if weight.dtype in HALF:  # to whose rounding no degree solves
         rows, weight = rows.float(), weight.float()
         slope = None if slope is None else slope.float()
-    plan = make_plan(rows, weight, slope, times, components)
+    multiplies = choose_powers("exact", backend, rows)
+    plan = make_plan(rows, weight, slope, times, components, multiplies)
     forced, scaled = slope, times
     if plan.substeps > 1:
         weight, scaled = weight / plan.substeps, times * plan.substeps

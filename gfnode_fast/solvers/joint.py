@@ -256,6 +256,8 @@ def solve_joint(
     rtol: float,
     atol: float,
     stats: SolveStats | None = None,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Values at every molecule's own times, with the published solver's steps and gradients.
 
@@ -266,6 +268,8 @@ def solve_joint(
         tableau: an adaptive method.
         rtol, atol: tolerances; the error norm is the RMS over the whole batch state.
         stats: counts evaluations and steps when given.
+        backend: where the solve is one of powers (`joint_linear`): "torch", "cpp" or "auto"
+            (`powers.choose_powers`). Without effect elsewhere.
 
     Returns:
         (B, T, D, M, C).
@@ -284,7 +288,7 @@ def solve_joint(
     times = times.detach().double()
     values: Tensor
     if isinstance(rhs, LinearRHS) and is_linear_joint(rhs, tableau):
-        values = solve_linear_joint(rhs, y0, times, tableau, rtol, atol, stats)
+        values = solve_linear_joint(rhs, y0, times, tableau, rtol, atol, stats, backend)
     else:
         values = _JointSolve.apply(  # type: ignore[no-untyped-call]
             rhs,

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gfnode_fast.solvers import powers
 from gfnode_fast.solvers.control import TINY_NORM, TINY_STEP, next_step
 from gfnode_fast.solvers.errors import check_state, check_step, check_times
+from gfnode_fast.solvers.powers import Powers, choose_powers
 from gfnode_fast.solvers.rhs import LinearRHS, RightHandSide
 from gfnode_fast.solvers.stage import flat
 from gfnode_fast.solvers.stats import SolveStats
@@ -41,6 +41,7 @@ class _Method:
     """A tableau as polynomials: entry k of a row is multiplied by h^k P_k.
 
     Attributes:
+        powers: who multiplies.
         step: (2, J+1), the end of a step and its error estimate.
         dense: (5, J+1), the coefficients of x^0 ... x^4 inside a step.
     """
@@ -48,12 +49,13 @@ class _Method:
     tableau: Tableau
     rtol: float
     atol: float
+    powers: Powers
     step: Array
     dense: Array
 
 
 @lru_cache(maxsize=16)
-def _method(tableau: Tableau, rtol: float, atol: float) -> _Method:
+def _method(tableau: Tableau, rtol: float, atol: float, multiplies: Powers) -> _Method:
     count = tableau.num_stages
     stages = np.zeros((count, count))  # k_i = Σ_n stages[i, n] h^n P_{n+1}
     stages[:, 0] = 1
@@ -65,7 +67,7 @@ def _method(tableau: Tableau, rtol: float, atol: float) -> _Method:
     dense = np.zeros((5, count + 1))
     dense[1:, 1:] = tableau.dense.numpy() @ stages
     dense[0, 0] = 1
-    return _Method(tableau, rtol, atol, step, dense)
+    return _Method(tableau, rtol, atol, multiplies, step, dense)
 
 
 @dataclass
@@ -103,12 +105,11 @@ def _initial_step(norms: tuple[float, ...], order: int) -> _Start:
 
 @dataclass
 class _Step:
-    """An accepted step: its start, time and size, and `_readings` of the times inside."""
+    """An accepted step: its start, time and size."""
 
     y: Tensor
     time: float
     size: float
-    readings: Tensor
 
 
 @dataclass
@@ -127,27 +128,23 @@ class _Record:
         return to_device(torch.from_numpy(scaled).to(real), like.device)
 
 
-def _mean_square(y: Tensor, dim: list[int]) -> Tensor:
-    return (y.abs() if y.is_complex() else y).square().mean(dim=dim)
+def _weights(
+    method: _Method, record: _Record, rows: Array, step: _Step, times: Tensor, like: Tensor
+) -> Tensor:
+    """Rows of coefficients of x^0 ... x^4 at the times inside a step: (B, T, J+1), else 0."""
+    end = step.time + step.size
+    table = record.table(rows, step.size, times)
+    return method.powers.weights(times, table, step.time, end - step.time, end, like)
 
 
 def _begin(method: _Method, buffer: Tensor, times: Tensor) -> tuple[_Start, float]:
     """First step size from P_0, P_1, P_2, and the last time: one reading on the host."""
-    scale = buffer[0].abs().mul_(method.rtol).add_(method.atol)
-    norms = _mean_square(buffer[:3] / scale, [1, 2, 3]).sqrt().double()
-    *found, first, last = torch.cat((norms, torch.stack(times.aminmax()))).tolist()
+    real = buffer.real.dtype if buffer.is_complex() else buffer.dtype
+    each = torch.eye(3, dtype=real, device=buffer.device)
+    _, squares = method.powers.measure(buffer[:3], each, method.rtol, method.atol)
+    *found, first, last = torch.cat((squares.sqrt(), torch.stack(times.aminmax()))).tolist()
     check_times("joint", first, last)
     return _initial_step(tuple(found), method.tableau.order), last
-
-
-def _readings(times: Tensor, time: float, size: float) -> Tensor:
-    """x^0 ... x^4 at the times inside a step, rows of 0 for all others: (B T, 5) float64."""
-    end = time + size
-    s = times.flatten()
-    inside = (s > time) & (s <= end)
-    x = s.sub(time).div_(end - time).mul_(inside)
-    square = x * x
-    return torch.stack((inside.to(x.dtype), x, square, square * x, square * square), dim=1)
 
 
 def _integrate(
@@ -161,7 +158,7 @@ def _integrate(
     components = len(y) // batch
     buffer = y.new_empty(tableau.num_stages + 1, *y.shape)
     buffer[0] = y
-    powers.fill(buffer[:3], weight, slope, 0.0)
+    method.powers.fill(buffer[:3], weight, slope, 0.0)
     start, last = _begin(method, buffer, times)
     record = _Record(start)
     if not all(map(math.isfinite, start.norms)):
@@ -175,16 +172,12 @@ def _integrate(
     values = flat(buffer).new_zeros(batch, num_times, flat(buffer).shape[1] // batch)
     time, step, filled, rejected = 0.0, start.h, 2, 0
     while True:
-        powers.fill(buffer, weight, slope, time / record.unit, first=filled)
-        size = buffer[0].abs()
+        method.powers.fill(buffer, weight, slope, time / record.unit, first=filled)
         while True:
             check_step(tableau.name, time, step)
-            ends = record.table(method.step, step, buffer) @ flat(buffer)
-            if y.is_complex():
-                ends = torch.view_as_complex(ends.unflatten(1, (-1, 2)))
-            y1, error = ends.view(2, *y.shape)
-            tolerance = torch.maximum(size, y1.abs()).mul_(method.rtol).add_(method.atol)
-            ratio = _mean_square(error / tolerance, [0, 1, 2]).sqrt().item()
+            table = record.table(method.step, step, y)
+            y1, squares = method.powers.measure(buffer, table, method.rtol, method.atol)
+            ratio = math.sqrt(squares[1].item())
             if not ratio < math.inf:
                 check_state(tableau.name, y1, time, step, components)
             if ratio <= 1:
@@ -192,10 +185,9 @@ def _integrate(
             rejected += 1
             step = next_step(step, ratio, tableau.order)
         record.first_accepted |= not (record.steps or rejected)
-        readings = _readings(times, time, step)
-        record.steps.append(_Step(buffer[0].clone(), time, step, readings))
-        weights = (readings @ record.table(method.dense, step, readings)).to(values.dtype)
-        values.baddbmm_(weights.view(batch, num_times, -1), powers.by_molecule(buffer, batch))
+        record.steps.append(_Step(buffer[0].clone(), time, step))
+        weights = _weights(method, record, method.dense, record.steps[-1], times, buffer)
+        method.powers.read(weights, buffer, values)
         time += step
         if time >= last:
             break
@@ -226,8 +218,9 @@ class _LinearJointSolve(torch.autograd.Function):
     ) -> Tensor:
         values, buffer, record = _integrate(method, y0, weight, slope, times, stats)
         ctx.method, ctx.record, ctx.has_slope = method, record, slope is not None
-        saved = [t for step in record.steps for t in (step.y, step.readings)]
-        ctx.save_for_backward(weight, *(() if slope is None else (slope,)), buffer, *saved)
+        forced = () if slope is None else (slope,)
+        starts = (step.y for step in record.steps)
+        ctx.save_for_backward(times, weight, *forced, buffer, *starts)
         ctx.steps = [(step.time, step.size) for step in record.steps]
         record.steps = []
         return values
@@ -235,14 +228,11 @@ class _LinearJointSolve(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> Any:
-        weight, *saved = ctx.saved_tensors
+        times, weight, *saved = ctx.saved_tensors
         slope = saved.pop(0) if ctx.has_slope else None
-        buffer, *saved = saved
-        steps = [
-            _Step(y, time, size, readings)
-            for y, readings, (time, size) in zip(saved[::2], saved[1::2], ctx.steps, strict=True)
-        ]
-        adjoint = _Adjoint(ctx.method, ctx.record, weight, slope)
+        buffer, *starts = saved
+        steps = [_Step(y, *when) for y, when in zip(starts, ctx.steps, strict=True)]
+        adjoint = _Adjoint(ctx.method, ctx.record, times, weight, slope)
         grad_y = adjoint.run(steps, buffer, grad_values.contiguous())
         return None, None, None, grad_y, adjoint.grad_weight, adjoint.grad_slope
 
@@ -251,9 +241,14 @@ class _Adjoint:
     """The backward pass: one step at a time, last to first."""
 
     def __init__(
-        self, method: _Method, record: _Record, weight: Tensor, slope: Tensor | None
+        self,
+        method: _Method,
+        record: _Record,
+        times: Tensor,
+        weight: Tensor,
+        slope: Tensor | None,
     ) -> None:
-        self.method, self.record = method, record
+        self.method, self.record, self.times = method, record, times
         self.weight, self.slope = _rescaled(weight, slope, record.unit)
         self.grad_weight = torch.zeros_like(weight)
         self.grad_slope = None if slope is None else torch.zeros_like(slope)
@@ -261,7 +256,6 @@ class _Adjoint:
     def run(self, steps: list[_Step], buffer: Tensor, grad_values: Tensor) -> Tensor:
         """Gradient of y0; `buffer` holds the powers of the last step."""
         method, record = self.method, self.record
-        adjoint_weight = self.weight.mH
         grad_y: Tensor | None = None
         grad_h = torch.zeros((), dtype=torch.float64, device=buffer.device)
         for step in reversed(steps):
@@ -270,10 +264,9 @@ class _Adjoint:
                 if step is steps[-2]:  # what was saved stays as it is, for another backward
                     buffer = torch.empty_like(buffer)
                 buffer[0] = step.y
-                powers.fill(buffer, self.weight, self.slope, step.time / record.unit)
-            weights = step.readings @ record.table(method.dense, step.size, step.readings)
-            weights = weights.to(grad_values.dtype).view(*grad_values.shape[:2], -1)
-            grad = powers.pull_readings(weights, grad_values, buffer)
+                method.powers.fill(buffer, self.weight, self.slope, step.time / record.unit)
+            weights = _weights(method, record, method.dense, step, self.times, grad_values)
+            grad = method.powers.pull_readings(weights, grad_values, buffer)
             if record.first_accepted:
                 grad_h += self._moved_readings(step, is_first, buffer, grad_values)
             if grad_y is not None:
@@ -285,9 +278,12 @@ class _Adjoint:
                     grad_h += moved.dot(record.table(rows, step.size, buffer))
             if is_first and record.first_accepted:
                 self._pull_start(buffer, grad, grad_h)
-            self.grad_weight += powers.pull_back(buffer, grad, adjoint_weight)
-            if self.grad_slope is not None and self.slope is not None:
-                self.grad_slope += powers.pull_slope(grad, step.time / record.unit)
+            of_weight, of_slope = method.powers.pull_back(
+                buffer, grad, self.weight, self.slope, step.time / record.unit
+            )
+            self.grad_weight += of_weight
+            if self.grad_slope is not None and self.slope is not None and of_slope is not None:
+                self.grad_slope += of_slope
                 if not is_first:  # a later start moves with h, and so does the forcing there
                     grad_h += (grad[1].sum(dim=0) * self.slope).sum() / record.unit
             grad_y = grad[0]
@@ -311,11 +307,9 @@ class _Adjoint:
         else:
             rows = np.zeros_like(dense)
             rows[:-1] = -order[1:] * dense[1:] / step.size
-        by_molecule = powers.by_molecule(buffer, len(grad_values))
-        products = torch.bmm(grad_values, by_molecule.transpose(1, 2)).flatten(0, 1)
-        moments = step.readings.t() @ products.to(step.readings.dtype)
-        moved: Tensor = (moments * self.record.table(rows, step.size, step.readings)).sum()
-        return moved
+        weights = _weights(self.method, self.record, rows, step, self.times, grad_values)
+        moved = self.method.powers.read(weights, buffer)
+        return moved.mul_(grad_values).sum(dim=2).sum(dtype=torch.float64)
 
     def _pull_start(self, buffer: Tensor, grad: Tensor, grad_h: Tensor) -> None:
         """Adjoint of the first step size: adds to the gradient of P_0, P_1, P_2."""
@@ -345,12 +339,13 @@ def is_linear_joint(rhs: RightHandSide, tableau: Tableau) -> bool:
 
 def solve_linear_joint(
     rhs: LinearRHS, y0: Tensor, times: Tensor, tableau: Tableau, rtol: float, atol: float,
-    stats: SolveStats,
+    stats: SolveStats, backend: str,
 ) -> Tensor:  # fmt: skip
     """`solve_joint` from y0 (M, B, D, C) and times (B, T) float64 to (B, T, X) real."""
     modes, batch, components, channels = y0.shape
-    rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels)
+    rows = y0.permute(1, 2, 0, 3).reshape(batch * components, modes, channels).contiguous()
+    method = _method(tableau, rtol, atol, choose_powers("joint", backend, rows))
     values: Tensor = _LinearJointSolve.apply(  # type: ignore[no-untyped-call]
-        _method(tableau, rtol, atol), stats, times, rows, rhs.weight, rhs.slope()
+        method, stats, times.contiguous(), rows, rhs.weight.contiguous(), rhs.slope()
     )
     return values

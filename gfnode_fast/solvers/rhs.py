@@ -83,7 +83,7 @@ class LinearRHS:
         """b (M, C) of a forcing s b; None if there is no forcing or another one."""
         if self.forcing is None or not self.is_proportional:
             return None
-        return self.forcing(self.weight.new_ones(1), *self.parameters[1:])[0]
+        return self.forcing(self.weight.new_ones(1), *self.parameters[1:])[0].contiguous()
 
     def __call__(self, s: Tensor, y: Tensor) -> Tensor:
         product = torch.bmm(y.transpose(0, 1), self.weight).transpose(0, 1)

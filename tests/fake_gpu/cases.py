@@ -40,7 +40,7 @@ PUBLISHED = CHECKED | {
 }  # fmt: skip
 
 TABLES = {  # constants, moved to the device once
-    "tableau.row_tensor", "tableau.dense_tensor", "exact._taylor_rows", "forced._interpolation",
+    "tableau.row_tensor", "tableau.dense_tensor", "exact._taylor_table", "forced._interpolation",
     "joint_operator._tolerances", "propagate_joint._table", "propagate_attention._tables",
     "propagate_exact._table",
 }  # fmt: skip

@@ -69,13 +69,13 @@ def test_what_is_kept_does_not_depend_on_who_asks_first() -> None:
     device = torch.device("cpu")
 
     def tables() -> list[Tensor]:
-        for cached in (row_tensor, exact._taylor_rows, forced._interpolation):
+        for cached in (row_tensor, exact._taylor_table, forced._interpolation):
             cached.cache_clear()
         row = row_tensor(DOPRI5.error, torch.float32, device)
         return [
             dataclasses.replace(DOPRI5).dense,
             row,
-            *exact._taylor_rows(5, device),
+            exact._taylor_table(5, device),
             *forced._interpolation(device),
         ]
 
