@@ -102,7 +102,8 @@ class FourierMD(reference.FourierMD):
 
         Gradients are those of `backward` and torch.autograd.grad. As in the published model,
         torch.func.grad, vjp, jvp and vmap and forward-mode AD are not supported and raise;
-        is_grads_batched works with backend="reference" alone.
+        is_grads_batched works with backend="reference" alone, as do second derivatives: elsewhere
+        they raise.
 
         With Triton solves on a GPU nothing waits for the device: a solve that fails, or times that
         are not positive, give NaN and raise at a later step or when `last_solve` is read.

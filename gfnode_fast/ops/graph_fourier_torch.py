@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gfnode_fast._once import once_differentiable
 from gfnode_fast.solvers.transfers import to_device
 
 

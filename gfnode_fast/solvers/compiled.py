@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.fx.experimental import _config as shape_config
 
+from gfnode_fast._once import once_differentiable
 from gfnode_fast.solvers.errors import SolverError, check_state, check_step
 from gfnode_fast.solvers.fixed_step import check_uniform
 from gfnode_fast.solvers.rhs import GeneralRHS, LinearRHS, RightHandSide
@@ -131,7 +131,7 @@ class _CompiledSolve(torch.autograd.Function):
     def forward(
         ctx: Any, graphs: Graphs, stats: SolveStats, times: Tensor, y0: Tensor, *parameters: Tensor
     ) -> Tensor:
-        y0 = canonical(y0)
+        given, y0 = y0, canonical(y0)
         copies = [canonical(p) for p in parameters]
         values, t, dt, y, k, report = call_graph(graphs.forward, y0, times, *copies, dynamic=(1, 2))
         *accepted, done = report.tolist()
@@ -145,14 +145,14 @@ class _CompiledSolve(torch.autograd.Function):
         stats.accepted += count
         stats.rejected += len(accepted) - count
         ctx.graphs = graphs
-        ctx.save_for_backward(times, t, dt, y, k, report[0], *parameters)
+        ctx.save_for_backward(given, times, t, dt, y, k, report[0], *parameters)
         out: Tensor = values
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> Any:
-        times, t, dt, y, k, first_accepted, *parameters = ctx.saved_tensors
+        _, times, t, dt, y, k, first_accepted, *parameters = ctx.saved_tensors
         state = 2 if len(times) > 1 else 1  # rows are molecules times components
         grad_y, *grads = call_graph(
             ctx.graphs.backward,

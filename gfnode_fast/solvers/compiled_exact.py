@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gfnode_fast._once import once_differentiable
 from gfnode_fast.solvers.compiled import Graphs, call_graph, graphs_for, solve_in_graphs
 from gfnode_fast.solvers.errors import SolverError
 from gfnode_fast.solvers.exact import HALF, largest_thetas, make_plan
@@ -36,14 +36,14 @@ class _CompiledExact(torch.autograd.Function):
             graphs.forward, canonical(y0), times, substeps, *copies, dynamic=(1, 2)
         )
         ctx.graphs = graphs
-        ctx.save_for_backward(times, starts, substeps, *dynamics)
+        ctx.save_for_backward(y0, times, starts, substeps, *dynamics)
         out: Tensor = values
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> Any:
-        times, starts, substeps, *dynamics = ctx.saved_tensors
+        _, times, starts, substeps, *dynamics = ctx.saved_tensors
         state = 2 if len(times) > 1 else 1  # rows are molecules times components
         grad_y, *grads = call_graph(
             ctx.graphs.backward,

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gfnode_fast._once import once_differentiable
 from gfnode_fast.solvers.compiled import Graphs, call_graph, graphs_for
 from gfnode_fast.solvers.errors import check_state
 from gfnode_fast.solvers.rhs import RightHandSide
@@ -73,13 +73,14 @@ class _CompiledGridSolve(torch.autograd.Function):
         end = pieces[-1].grid[-1].item()
         check_state(tableau.name, y, end, 0.0, y.shape[0] // batch)
         ctx.graphs, ctx.pieces, ctx.count = graphs, pieces, len(parameters)
-        ctx.save_for_backward(*parameters, *starts)
+        ctx.save_for_backward(y0, *parameters, *starts)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> Any:
-        parameters, starts = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        _, *saved = ctx.saved_tensors
+        parameters, starts = saved[: ctx.count], saved[ctx.count :]
         copies = [canonical(p) for p in parameters]
         grad_y = torch.zeros_like(starts[0])
         grads = [torch.zeros_like(p) for p in parameters]

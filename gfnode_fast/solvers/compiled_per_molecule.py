@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gfnode_fast._once import once_differentiable
 from gfnode_fast.solvers.compiled import Graphs, call_graph, graphs_for, solve_in_graphs
 from gfnode_fast.solvers.errors import check_times
 from gfnode_fast.solvers.per_molecule import Method, check_molecules, refuse_step
@@ -36,14 +36,14 @@ class _CompiledPerMolecule(torch.autograd.Function):
         stats.accepted += int(taken)
         stats.rejected += int(refused)
         ctx.graphs = graphs
-        ctx.save_for_backward(times, time, step, y, k, accepted, *parameters)
+        ctx.save_for_backward(y0, times, time, step, y, k, accepted, *parameters)
         out: Tensor = values
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> Any:
-        times, time, step, y, k, accepted, *parameters = ctx.saved_tensors
+        _, times, time, step, y, k, accepted, *parameters = ctx.saved_tensors
         state = 2 if len(times) > 1 else 1  # rows are molecules times components
         grad_y, *grads = call_graph(
             ctx.graphs.backward,

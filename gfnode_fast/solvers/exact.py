@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gfnode_fast._once import once_differentiable
 from gfnode_fast.solvers import powers
 from gfnode_fast.solvers.errors import SolverError, check_state, check_times
 from gfnode_fast.solvers.forced import forced_response
@@ -234,7 +234,7 @@ class _ExactSolve(torch.autograd.Function):
                 starts.append(powers.as_complex_or_real(end, rows))
         ctx.plan, ctx.has_slope = plan, slope is not None
         forced = () if slope is None else (slope,)
-        ctx.save_for_backward(times, weight, *forced, buffer, *starts)
+        ctx.save_for_backward(times, rows, weight, *forced, buffer, *starts)
         assert values is not None
         return values
 
@@ -242,7 +242,7 @@ class _ExactSolve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> Any:
         plan: Plan = ctx.plan
-        times, weight, *saved = ctx.saved_tensors
+        times, _, weight, *saved = ctx.saved_tensors
         slope = saved.pop(0) if ctx.has_slope else None
         buffer, *starts = saved
         grad_values = grad_values.contiguous()

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gfnode_fast._once import once_differentiable
 from gfnode_fast.solvers.errors import check_state
 from gfnode_fast.solvers.rhs import RightHandSide, Tape
 from gfnode_fast.solvers.stage import fill_stages, flat, spread
@@ -107,7 +107,7 @@ class _GridSolve(torch.autograd.Function):
         _read(values, buffer, readings, num_steps)
         stats.accepted += num_steps
         ctx.rhs, ctx.tableau, ctx.readings = rhs, tableau, readings
-        ctx.save_for_backward(*parameters, *checkpoints, y)
+        ctx.save_for_backward(y0, *parameters, *checkpoints, y)
         return values
 
     @staticmethod
@@ -115,7 +115,8 @@ class _GridSolve(torch.autograd.Function):
     def backward(ctx: Any, grad_values: Tensor) -> Any:
         rhs, tableau, readings = ctx.rhs, ctx.tableau, ctx.readings
         count = len(rhs.parameters)
-        parameters, (*checkpoints, last) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        _, *saved = ctx.saved_tensors
+        parameters, (*checkpoints, last) = saved[:count], saved[count:]
         tape = rhs.tape(parameters, wants_time=False)
         bound = rhs.bind(parameters)
         buffer = last.new_empty(tableau.num_stages + 1, *last.shape)

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gfnode_fast._once import once_differentiable
 from gfnode_fast.solvers.control import initial_step
 from gfnode_fast.solvers.errors import check_times
 from gfnode_fast.solvers.joint_linear import is_linear_joint, solve_linear_joint
@@ -133,13 +133,13 @@ class _JointSolve(torch.autograd.Function):
         ctx.steps = [(s.time, s.size) for s in record.steps]
         ctx.first_accepted = record.first_accepted
         starts = [t for s in record.steps for t in (s.y0, s.k0)]
-        ctx.save_for_backward(times, *parameters, *starts)
+        ctx.save_for_backward(times, y0, *parameters, *starts)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> Any:
-        times, *saved = ctx.saved_tensors
+        times, _, *saved = ctx.saved_tensors
         count = len(ctx.rhs.parameters)
         parameters, starts = saved[:count], saved[count:]
         steps = [

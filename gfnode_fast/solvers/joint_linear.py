@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gfnode_fast._once import once_differentiable
 from gfnode_fast.solvers.control import TINY_NORM, TINY_STEP, next_step
 from gfnode_fast.solvers.errors import check_state, check_step, check_times
 from gfnode_fast.solvers.powers import Powers, choose_powers
@@ -220,7 +220,7 @@ class _LinearJointSolve(torch.autograd.Function):
         ctx.method, ctx.record, ctx.has_slope = method, record, slope is not None
         forced = () if slope is None else (slope,)
         starts = (step.y for step in record.steps)
-        ctx.save_for_backward(times, weight, *forced, buffer, *starts)
+        ctx.save_for_backward(times, y0, weight, *forced, buffer, *starts)
         ctx.steps = [(step.time, step.size) for step in record.steps]
         record.steps = []
         return values
@@ -228,7 +228,7 @@ class _LinearJointSolve(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> Any:
-        times, weight, *saved = ctx.saved_tensors
+        times, _, weight, *saved = ctx.saved_tensors
         slope = saved.pop(0) if ctx.has_slope else None
         buffer, *starts = saved
         steps = [_Step(y, *when) for y, when in zip(starts, ctx.steps, strict=True)]

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gfnode_fast._once import once_differentiable
 from gfnode_fast.solvers.control import MAX_GROWTH, MIN_GROWTH, SAFETY, TINY_NORM, TINY_STEP
 from gfnode_fast.solvers.errors import SolverError, check_times
 from gfnode_fast.solvers.rhs import RightHandSide
@@ -229,13 +229,14 @@ class _PerMoleculeSolve(torch.autograd.Function):
     ) -> Tensor:
         values, records = _integrate(method, rhs, y0, times, stats)
         ctx.rhs, ctx.method = rhs, method
-        ctx.save_for_backward(times, *parameters, *(t for r in records for t in r.tensors()))
+        kept = (t for r in records for t in r.tensors())
+        ctx.save_for_backward(times, y0, *parameters, *kept)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> Any:
-        times, *saved = ctx.saved_tensors
+        times, _, *saved = ctx.saved_tensors
         count = len(ctx.rhs.parameters)
         width = len(_Record.__dataclass_fields__)
         records = [_Record(*saved[i : i + width]) for i in range(count, len(saved), width)]

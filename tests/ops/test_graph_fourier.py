@@ -156,7 +156,7 @@ def test_second_derivatives_are_right_or_refused() -> None:
     for backend in BACKENDS:
         out = call_inverse("features", backend, options)(modes, *leaves[1:])
         (grad,) = torch.autograd.grad(out.sum(), modes, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable|no autograd|does not require"):
+        with pytest.raises(RuntimeError, match="for a second derivative|no autograd"):
             grad.pow(2).sum().backward()
 
 

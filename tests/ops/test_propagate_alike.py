@@ -49,7 +49,7 @@ def test_second_derivatives_are_refused(case: Case) -> None:
     for backend in ("triton", "torch") if case is EXACT else ("triton",):
         out = case.solve(times, backend, **case.options)(*leaves)
         (grad,) = torch.autograd.grad(out.sum(), leaves[1], create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable|no autograd|does not require"):
+        with pytest.raises(RuntimeError, match="for a second derivative|no autograd"):
             grad.pow(2).sum().backward()
 
 
