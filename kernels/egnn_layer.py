@@ -14,8 +14,8 @@ forward, not WHOLE: P and Q come from a launch of their own, and a program owns 
     the same tiles of products, and sums in the order of the edges.
 
 backward 1, `node`: P and Q again; from the gradients of x', h' those of the sums over neighbours,
-    and of the hidden layers of node and velocity MLP. Node state and Σ m are kept from forward,
-    nothing else.
+    and of the hidden layers of node and velocity MLP. Node state is kept from forward, and Σ m
+    unless it is to be taken again: by `row_linear`, for P and Q, and `messages`, in tiles of nodes.
 backward 2, `edge`: tiles of edges, messages taken again; the gradients of u go to a buffer, so that
 backward 3, `gather`: sums them over the edges that reach and that leave a node. Taking the messages
     a second time by source instead would cost 4 products an edge beside the 6 of step 2; the
@@ -35,8 +35,8 @@ NaN would spoil the others of its tile. Taking one edge of each node of a tile a
 sums in registers, but tiles of one molecule would be half empty.
 Considered for the program's own memory: all of it in registers; see `feature_tiles`.
 
-Per edge at K = 96: forward 43 kflop, backward 116 kflop; 0.8 kB from the node state's side, mostly
-from the caches, and the weights once per tile of edges.
+Per edge at K = 96: forward 43 kflop, backward 116 kflop, Σ m again 25 kflop; 0.8 kB from the node
+state's side, mostly from the caches, and the weights once per tile of edges.
 No atomics; every sum has a fixed order. 64-bit addresses.
 Tuned on: none yet; not yet run on hardware.
 """
@@ -44,42 +44,24 @@ Tuned on: none yet; not yet run on hardware.
 import triton
 import triton.language as tl
 
+from gfnode_fast.kernels.egnn_messages import sum_messages
 from gfnode_fast.kernels.feature_tiles import (
     activate,
     linear_tile,
     load_columns,
-    load_tile,
     product_tile,
     store_tile,
 )
 from gfnode_fast.kernels.graph_tiles import (
     edges_of_nodes,
-    feature_columns,
-    feature_weights,
     load_point,
     nodes_of_item,
     split_products,
     store_point,
-    summand_tile,
 )
 from gfnode_fast.kernels.integers import BATCH_SIZES
 
 MAX_DISPLACEMENT = tl.constexpr(100.0)
-NORM_EPSILON = tl.constexpr(1e-12)
-
-
-@triton.jit
-def distance(x_i, x_j, NORM: tl.constexpr):
-    """r, q and dq/d|r|²."""
-    r = (x_i[0] - x_j[0], x_i[1] - x_j[1], x_i[2] - x_j[2])
-    q = r[0] * r[0] + r[1] * r[1] + r[2] * r[2]
-    if NORM:
-        small = q < NORM_EPSILON
-        slope = small.to(q.dtype) / NORM_EPSILON
-        q = q / tl.where(small, NORM_EPSILON, q)
-    else:
-        slope = tl.full(q.shape, 1.0, q.dtype)
-    return r, q, slope
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -133,16 +115,18 @@ def _egnn_layer_fwd_kernel(
 ):
     """An item: a block of nodes, or a tile, of one copy.
 
-    own: (programs, BLOCK_R hidden + CHUNK (width + 3)), what lies between products and sums.
+    messages: Σ m for backward, or None.
+    own: (programs, BLOCK_R (hidden + width) + CHUNK (width + 3)), what lies between products and
+    sums.
     """
     program = tl.program_id(0).to(tl.int64)
-    hidden_ptr = own_ptr + program * (BLOCK_R * hidden + CHUNK * (width + 3))
-    message_ptr = hidden_ptr + BLOCK_R * hidden
-    moved_ptr = message_ptr + CHUNK * width
-    p_index = tl.arange(0, BLOCK_P)
+    own_ptr += program * (BLOCK_R * (hidden + width) + CHUNK * (width + 3))
+    if messages_ptr is None:
+        sums_ptr = own_ptr + BLOCK_R * hidden + CHUNK * (width + 3)
+    else:
+        sums_ptr = messages_ptr
     r_index = tl.arange(0, BLOCK_R)
     every = r_index >= 0
-    offset = tl.load(coordinate2_bias_ptr)
     velocity_offset = tl.load(velocity2_bias_ptr)
     for item in range(program, num_items * num_copies, tl.num_programs(0)):
         first, last, base = nodes_of_item(
@@ -160,81 +144,15 @@ def _egnn_layer_fwd_kernel(
             node = start + r_index
             mask = node < last
             row = base + node
-            first_edge, degree = edges_of_nodes(row_start_ptr, node, mask)
-            shift_x = tl.zeros((BLOCK_R,), offset.dtype)
-            shift_y = tl.zeros((BLOCK_R,), offset.dtype)
-            shift_z = tl.zeros((BLOCK_R,), offset.dtype)
-            for column in range(0, width, BLOCK_C):
-                c = column + tl.arange(0, BLOCK_C)
-                nothing = tl.zeros((BLOCK_R, BLOCK_C), offset.dtype)
-                store_tile(messages_ptr, row * width, c, mask, width, nothing)
-            edges_end = tl.load(row_start_ptr + tl.minimum(start + BLOCK_R, last))
-            for chunk in range(tl.load(row_start_ptr + start), edges_end, CHUNK):
-                chunk_end = tl.minimum(chunk + CHUNK, edges_end)
-                for edge_start in range(chunk, chunk_end, BLOCK_R):
-                    edge = edge_start + r_index
-                    live = edge < chunk_end
-                    at = edge - chunk
-                    target = base + tl.load(row_ptr + edge, mask=live, other=0)
-                    source = base + tl.load(col_ptr + edge, mask=live, other=0)
-                    x_i = load_point(x_ptr, target, live)
-                    r, q, _ = distance(x_i, load_point(x_ptr, source, live), NORM)
-                    features = feature_columns(
-                        edge_fea_ptr, order_ptr, edge, q, live, p_index, depth, MODE
-                    )  # fmt: skip
-                    for column in range(0, hidden, BLOCK_C):
-                        c = column + tl.arange(0, BLOCK_C)
-                        weights = feature_weights(
-                            message0_ptr, stride_m0, 1 + 2 * width, message0_bias_ptr, c, p_index,
-                            hidden, depth, MODE,
-                        )  # fmt: skip
-                        u = summand_tile(
-                            node_products_ptr, features, weights, target, source, live, c, hidden,
-                            MODE,
-                        )  # fmt: skip
-                        u = activate(u, SILU, MODE)
-                        store_tile(hidden_ptr, r_index * hidden, c, every, hidden, u)
-                    tl.debug_barrier()
-                    for column in range(0, width, BLOCK_C):
-                        c = column + tl.arange(0, BLOCK_C)
-                        m = linear_tile(
-                            hidden_ptr, r_index * hidden, every, message2_ptr, hidden,
-                            message2_bias_ptr, c, width, hidden, BLOCK_C, MODE,
-                        )  # fmt: skip
-                        m = activate(m, SILU, MODE)
-                        store_tile(message_ptr, at * width, c, every, width, m)
-                    tl.debug_barrier()
-                    f = tl.zeros((BLOCK_R,), offset.dtype) + offset
-                    for column in range(0, hidden, BLOCK_C):
-                        c = column + tl.arange(0, BLOCK_C)
-                        z = linear_tile(
-                            message_ptr, at * width, every, coordinate0_ptr, width,
-                            coordinate0_bias_ptr, c, hidden, width, BLOCK_C, MODE,
-                        )  # fmt: skip
-                        z = activate(z, SILU, MODE)
-                        f += tl.sum(z * load_columns(coordinate2_ptr, c, hidden), axis=1)
-                    store_point(moved_ptr, at, (r[0] * f, r[1] * f, r[2] * f), every)
-                tl.debug_barrier()
-                from_edge = tl.maximum(first_edge, chunk)
-                count = tl.minimum(first_edge + degree, chunk_end) - from_edge
-                most = tl.max(tl.where(mask, count, 0), axis=0)
-                at = from_edge - chunk
-                for k in range(0, most):
-                    moved = load_point(moved_ptr, at + k, mask & (k < count))
-                    shift_x += moved[0]
-                    shift_y += moved[1]
-                    shift_z += moved[2]
-                for column in range(0, width, BLOCK_C):
-                    c = column + tl.arange(0, BLOCK_C)
-                    total = load_tile(messages_ptr, row * width, c, mask, width)
-                    for k in range(0, most):
-                        here = mask & (k < count)
-                        total += load_tile(message_ptr, (at + k) * width, c, here, width)
-                    store_tile(messages_ptr, row * width, c, mask, width, total)
-                tl.debug_barrier()
-
-            factor = tl.zeros((BLOCK_R,), offset.dtype) + velocity_offset
-            tl.debug_barrier()
+            sums_at = (r_index if messages_ptr is None else row) * width
+            shift_x, shift_y, shift_z = sum_messages(
+                x_ptr, edge_fea_ptr, order_ptr, row_start_ptr, row_ptr, col_ptr, message0_ptr,
+                message0_bias_ptr, message2_ptr, message2_bias_ptr, coordinate0_ptr,
+                coordinate0_bias_ptr, coordinate2_ptr, coordinate2_bias_ptr, node_products_ptr,
+                sums_ptr, sums_at, own_ptr, start, last, base, stride_m0, width, hidden, depth,
+                True, NORM, SILU, CHUNK, BLOCK_P, BLOCK_R, BLOCK_C, MODE,
+            )  # fmt: skip
+            factor = tl.zeros((BLOCK_R,), velocity_offset.dtype) + velocity_offset
             for column in range(0, hidden, BLOCK_C):
                 c = column + tl.arange(0, BLOCK_C)
                 z = product_tile(
@@ -242,11 +160,11 @@ def _egnn_layer_fwd_kernel(
                     MODE,
                 )  # fmt: skip
                 z += linear_tile(
-                    messages_ptr, row * width, mask, node0_ptr + width, 2 * width, node0_bias_ptr,
+                    sums_ptr, sums_at, mask, node0_ptr + width, 2 * width, node0_bias_ptr,
                     c, hidden, width, BLOCK_C, MODE,
                 )  # fmt: skip
                 store_tile(
-                    hidden_ptr, r_index * hidden, c, every, hidden, activate(z, SILU, MODE)
+                    own_ptr, r_index * hidden, c, every, hidden, activate(z, SILU, MODE)
                 )  # fmt: skip
                 z = linear_tile(
                     h_ptr, row * width, mask, velocity0_ptr, width, velocity0_bias_ptr, c, hidden,
@@ -258,7 +176,7 @@ def _egnn_layer_fwd_kernel(
             for column in range(0, width, BLOCK_C):
                 c = column + tl.arange(0, BLOCK_C)
                 z = linear_tile(
-                    hidden_ptr, r_index * hidden, every, node2_ptr, hidden, node2_bias_ptr, c,
+                    own_ptr, r_index * hidden, every, node2_ptr, hidden, node2_bias_ptr, c,
                     width, hidden, BLOCK_C, MODE,
                 )  # fmt: skip
                 store_tile(h_out_ptr, row * width, c, mask, width, z)
@@ -268,7 +186,8 @@ def _egnn_layer_fwd_kernel(
             store_point(shift_ptr, row, shift, mask)
             x_i = load_point(x_ptr, row, mask)
             v = load_point(v_ptr, row, mask)
-            count = tl.maximum(degree, 1).to(offset.dtype)
+            _first, degree = edges_of_nodes(row_start_ptr, node, mask)
+            count = tl.maximum(degree, 1).to(velocity_offset.dtype)
             for axis in tl.static_range(3):
                 moved = x_i[axis] + factor * v[axis] + _clamp(shift[axis] / count)
                 tl.store(x_out_ptr + row * 3 + axis, moved, mask=mask)

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from gfnode_fast.kernels.egnn_layer import MAX_DISPLACEMENT, distance
+from gfnode_fast.kernels.egnn_layer import MAX_DISPLACEMENT
+from gfnode_fast.kernels.egnn_messages import distance
 from gfnode_fast.kernels.feature_tiles import (
     activate_with_slope,
     add_column_sums,
@@ -54,6 +55,8 @@ def _egnn_node_bwd_kernel(
     num_nodes,
     num_rows,
     first_copy,
+    first_message,
+    stride_gh,
     stride_m0,
     width,
     hidden,
@@ -62,9 +65,11 @@ def _egnn_node_bwd_kernel(
     BLOCK_C: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """Writes P and Q, and columns 0 ... 2H of `grad_hidden` (rows, 4H): of node and velocity MLP.
+    """Writes P and Q, unless they are None, and columns 0 ... 2H of `grad_hidden` (rows, 4H), of
+    node and velocity MLP.
 
-    Rows are those of the copies taken together; the state and its gradients have all copies.
+    Rows are those of the copies taken together; the state and its gradients have all copies, the
+    messages are those from row `first_message` on.
     sums: a row per program, to which are added the gradients of b_node0, b_velocity0, w_velocity2
     (hidden each), b_node2 (width), b_velocity2.
     """
@@ -73,20 +78,21 @@ def _egnn_node_bwd_kernel(
     first_row = row_of_copy(first_copy, num_nodes)
     grad_x_ptr += first_row * 3
     grad_v_ptr += first_row * 3
-    grad_h_ptr += first_row * width
+    grad_h_ptr += first_row * stride_gh
     v_ptr += first_row * 3
     h_ptr += first_row * width
-    messages_ptr += first_row * width
+    messages_ptr += first_message.to(tl.int64) * width
     shift_ptr += first_row * 3
     offset = tl.load(velocity2_bias_ptr)
     grad_offset = tl.zeros((BLOCK_R,), offset.dtype)
     for tile in range(program, tl.cdiv(num_rows, BLOCK_R), tl.num_programs(0)):
         row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = row < num_rows
-        split_products(
-            h_ptr, node_products_ptr, message0_ptr + 1, stride_m0, row, mask, width, hidden,
-            BLOCK_C, MODE,
-        )  # fmt: skip
+        if node_products_ptr is not None:
+            split_products(
+                h_ptr, node_products_ptr, message0_ptr + 1, stride_m0, row, mask, width, hidden,
+                BLOCK_C, MODE,
+            )  # fmt: skip
         grad_x = load_point(grad_x_ptr, row, mask)
         v = load_point(v_ptr, row, mask)
         grad_factor = grad_x[0] * v[0] + grad_x[1] * v[1] + grad_x[2] * v[2]
@@ -104,8 +110,9 @@ def _egnn_node_bwd_kernel(
             active, slope = activate_with_slope(z, SILU, MODE)
             store_tile(active_ptr, row * hidden, c, mask, hidden, active)
             grad = product_tile(
-                grad_h_ptr, row * width, mask, node2_ptr, c, 1, hidden, hidden, width, BLOCK_C, MODE
-            )
+                grad_h_ptr, row * stride_gh, mask, node2_ptr, c, 1, hidden, hidden, width, BLOCK_C,
+                MODE,
+            )  # fmt: skip
             grad *= slope
             store_tile(grad_hidden_ptr, row * 4 * hidden, c, mask, hidden, grad)
             add_column_sums(sums_ptr, c, hidden, grad)
@@ -129,9 +136,8 @@ def _egnn_node_bwd_kernel(
                 hidden, BLOCK_C, MODE,
             )  # fmt: skip
             store_tile(grad_messages_ptr, row * width, c, mask, width, grad)
-            add_column_sums(
-                sums_ptr + 3 * hidden, c, width, load_tile(grad_h_ptr, row * width, c, mask, width)
-            )
+            grad = load_tile(grad_h_ptr, row * stride_gh, c, mask, width)
+            add_column_sums(sums_ptr + 3 * hidden, c, width, grad)
         _first, degree = edges_of_nodes(row_start_ptr, row % num_nodes, mask)
         count = tl.maximum(degree, 1).to(offset.dtype)
         shift = load_point(shift_ptr, row, mask)

@@ -14,6 +14,7 @@ from gfnode_fast.kernels.egnn_layer_bwd import (
     _egnn_gather_bwd_kernel,
     _egnn_node_bwd_kernel,
 )
+from gfnode_fast.kernels.egnn_messages import _egnn_messages_kernel
 from gfnode_fast.kernels.launch import ceil_div, on_device_of
 from gfnode_fast.kernels.registry import AotCase
 from gfnode_fast.kernels.row_products_launch import (
@@ -48,8 +49,9 @@ def launch_egnn_layer_fwd(
     silu: bool,
     max_nodes: int | None,
     precision: str,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns x', h', and for backward Σ m (T*n, K) and Σ r f (T*n, 3).
+    """Returns x', h', and for backward Σ m (T*n, K), with `recompute` (0,), and Σ r f (T*n, 3).
 
     neighbours: the fields of `gfnode_fast.ops.topology.Neighbours`. weights: four each of the
     message, coordinate, velocity and node MLP. max_nodes: of a molecule, if known.
@@ -58,7 +60,7 @@ def launch_egnn_layer_fwd(
     (rows, width), message0, depth = h.shape, weights[0], edge_fea.shape[1]
     hidden, num_nodes = message0.shape[0], row_start.shape[0] - 1
     x_out, h_out = torch.empty_like(x), torch.empty_like(h)
-    messages, shift = torch.empty_like(h), torch.empty_like(x)
+    messages, shift = h.new_empty(0 if recompute else h.shape), torch.empty_like(x)
     if rows == 0:
         return x_out, h_out, messages, shift
     launched = tile(mode(h, precision))
@@ -70,13 +72,13 @@ def launch_egnn_layer_fwd(
         of_nodes = message0[:, 1 : 2 * width + 1]
         node_products = launch_row_linear(h, of_nodes, None, 2, hidden, precision)
     programs = num_programs(h, items * copies, PER_MULTIPROCESSOR)
-    own = h.new_empty(programs, block_r * hidden + CHUNK * (width + 3))
+    own = h.new_empty(programs, block_r * (hidden + width) + CHUNK * (width + 3))
     with on_device_of(h):
         _egnn_layer_fwd_kernel[(programs,)](
             x, v, h, edge_fea, order, row_start, row, col, block_start, *weights, x_out, h_out,
-            messages, shift, node_products, own, num_nodes, items, copies, message0.stride(0),
-            width, hidden, depth, NORM=norm, SILU=silu, WHOLE=whole, CHUNK=CHUNK,
-            BLOCK_P=feature_blocks(depth)["BLOCK_P"], **launched,
+            None if recompute else messages, shift, node_products, own, num_nodes, items, copies,
+            message0.stride(0), width, hidden, depth, NORM=norm, SILU=silu, WHOLE=whole,
+            CHUNK=CHUNK, BLOCK_P=feature_blocks(depth)["BLOCK_P"], **launched,
         )  # fmt: skip
     return x_out, h_out, messages, shift
 
@@ -97,7 +99,10 @@ def launch_egnn_layer_bwd(
     precision: str,
     wants_edge_fea: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, v, h, edge_fea ((0,) unless wanted), and of the 16 weights end to end."""
+    """Gradients of x, v, h, edge_fea ((0,) unless wanted), and of the 16 weights end to end.
+
+    grad_h_out: rows of any stride. messages: as forward returned them.
+    """
     order, row_start, row, col, source_start, source_edge, _ = neighbours
     message0, velocity, node = weights[0], weights[8:12], weights[12:]
     (rows, width), num_nodes, num_edges = h.shape, row_start.shape[0] - 1, col.shape[0]
@@ -122,18 +127,35 @@ def launch_egnn_layer_bwd(
     programs = num_programs(h, ceil_div(part, block_r), PER_MULTIPROCESSOR)
     edge_programs = num_programs(h, ceil_div(num_edges, block_r) * copies, PER_MULTIPROCESSOR)
     own = h.new_empty(edge_programs, block_r, 3 * (hidden + width))
+    kept = messages.dim() == 2
+    if not kept:
+        messages = h.new_empty(part, width)
+        tiles = ceil_div(num_nodes, block_r)
+        message_programs = num_programs(h, tiles * copies, PER_MULTIPROCESSOR)
+        own_messages = h.new_empty(message_programs, block_r * hidden + CHUNK * (width + 3))
     node_sums = h.new_zeros(programs, 3 * hidden + width + 1)
     edge_sums = h.new_zeros(edge_programs, hidden * (2 * width + block_d) + width + 2 * hidden + 1)
     outers: list[Tensor] = []
     grad_edge = h.new_zeros(num_edges, hidden) if wants_edge_fea else None
     for first in range(0, num_copies, copies):
         taken, first_row = min(copies, num_copies - first), first * num_nodes
-        run = taken * num_nodes
+        run, first_message = taken * num_nodes, first_row if kept else 0
         with on_device_of(h):
+            if not kept:
+                launch_row_linear(
+                    h, message0[:, 1 : 2 * width + 1], None, 2, hidden, precision,
+                    out=node_products[:run], first=first_row,
+                )  # fmt: skip
+                _egnn_messages_kernel[(message_programs,)](
+                    x, edge_fea, order, row_start, row, col, *weights[:4], node_products, messages,
+                    own_messages, num_nodes, first, taken, **launched, depth=depth, NORM=norm,
+                    SILU=silu, CHUNK=CHUNK, BLOCK_P=blocks["BLOCK_P"],
+                )  # fmt: skip
             _egnn_node_bwd_kernel[(programs,)](
                 grad_x_out, grad_h_out, v, h, messages, shift, row_start, message0, *velocity,
-                *node[:3], node_products, grad_hidden, active, grad_messages, grad_shift, grad_v,
-                node_sums, num_nodes, run, first, **launched, SILU=silu,
+                *node[:3], node_products if kept else None, grad_hidden, active, grad_messages,
+                grad_shift, grad_v, node_sums, num_nodes, run, first, first_message,
+                grad_h_out.stride(0), **launched, SILU=silu,
             )  # fmt: skip
             _egnn_edge_bwd_kernel[(edge_programs,)](
                 x, node_products, edge_fea, order, row, col, *weights[:8], grad_messages,
@@ -147,7 +169,7 @@ def launch_egnn_layer_bwd(
             )  # fmt: skip
         pairs = [
             (Rows(grad_hidden), Rows(h, first_row)),
-            (Rows(grad_hidden[:, :hidden]), Rows(messages, first_row)),
+            (Rows(grad_hidden[:, :hidden]), Rows(messages, first_message)),
             (Rows(grad_h_out, first_row), Rows(active)),
         ]
         outers = add_outers(outers, launch_row_outers(pairs, run, precision))
@@ -196,13 +218,17 @@ def aot_cases() -> list[AotCase]:
             (_egnn_node_bwd_kernel, "egnn_node_bwd", layer),
             (_egnn_edge_bwd_kernel, "egnn_edge_bwd", layer),
             (_egnn_gather_bwd_kernel, "egnn_gather_bwd", layer),
+            (_egnn_messages_kernel, "egnn_messages", forward),
         )
     ]
     # any width where it costs registers most; tiles: the same less a phase
-    tiles = {**forward, "WHOLE": False}
+    tiles, again = {**forward, "WHOLE": False}, {**forward, "messages_ptr": None}
+    split = {**layer, "node_products_ptr": None}
     return [
         *cases,
         aot_case(_egnn_layer_fwd_kernel, "egnn_layer_fwd any width", "fp32", forward, ()),
         aot_case(_egnn_edge_bwd_kernel, "egnn_edge_bwd any width", "fp32", layer, (), SPILLS),
         aot_case(_egnn_layer_fwd_kernel, "egnn_layer_fwd tiles", "fp32", tiles, aligned),
+        aot_case(_egnn_layer_fwd_kernel, "egnn_layer_fwd recompute", "fp32", again, aligned),
+        aot_case(_egnn_node_bwd_kernel, "egnn_node_bwd recompute", "fp32", split, aligned),
     ]

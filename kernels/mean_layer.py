@@ -8,10 +8,11 @@ no product is left edge by edge, and an edge costs H activations for 4 H to 8 H 
 the caches: u is taken again whenever it is wanted, and never stored.
 
 forward: who owns what, and WHOLE, as in `egnn_layer`. A tile takes one edge of each node at a
-    time: with no product behind it, an edge that is not there costs little. c and a are kept for
-    backward. Not WHOLE, c, P and Q come from launches of their own.
+    time: with no product behind it, an edge that is not there costs little. c is kept for
+    backward, a unless it is to be taken again. Not WHOLE, c, P and Q come from launches of their
+    own.
 backward 1, `node`: from the gradient of c' those of a, and of the hidden layer of the node MLP; P
-    and Q again.
+    and Q again. Where a was not kept `row_linear` takes P and Q and `neighbours` a before.
 backward 2, `edge`: the gradient of u, by destination for P, by source for Q, and then that of c.
     In one launch with step 1 it would have to wait for the nodes of other tiles; what the two
     hand on are rows of nodes, which a launch costs little to read again.
@@ -70,13 +71,44 @@ def store_state(x_ptr, v_ptr, h_ptr, row, c, mask_r, width, value):
 
 
 @triton.jit
+def mean_of_neighbours(
+    node_products_ptr, edge_fea_ptr, order_ptr, col_ptr, edge0_ptr, stride_e0, edge0_bias_ptr,
+    means_ptr, means_at, base, row, mask, first_edge, degree, width, hidden, depth,
+    BLOCK_P: tl.constexpr, SILU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """Writes the mean of act(u) of a tile of nodes to rows that begin `means_at`."""
+    p_index = tl.arange(0, BLOCK_P)
+    acc = means_ptr.dtype.element_ty
+    count = tl.maximum(degree, 1).to(acc)
+    for column in range(0, hidden, BLOCK_C):
+        c = column + tl.arange(0, BLOCK_C)
+        total = tl.zeros((BLOCK_R, BLOCK_C), acc)
+        weights = feature_weights(
+            edge0_ptr, stride_e0, 2 * width, edge0_bias_ptr, c, p_index, hidden, depth, MODE
+        )  # fmt: skip
+        for k in range(0, tl.max(degree, axis=0)):
+            live = k < degree
+            edge = first_edge + k
+            source = base + tl.load(col_ptr + edge, mask=live, other=0)
+            features = feature_columns(
+                edge_fea_ptr, order_ptr, edge, None, live, p_index, depth, MODE
+            )  # fmt: skip
+            u = summand_tile(
+                node_products_ptr, features, weights, row, source, live, c, hidden, MODE
+            )  # fmt: skip
+            total += tl.where(live[:, None], activate(u, SILU, MODE), 0.0)
+        store_tile(means_ptr, means_at, c, mask, hidden, total / count[:, None])
+
+
+@triton.jit
 def mean_message(
-    means_ptr, row, mask, degree, edge2_ptr, edge2_bias_ptr, c, width, hidden,
+    means_ptr, at, mask, degree, edge2_ptr, edge2_bias_ptr, c, width, hidden,
     BLOCK_C: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Columns c of M."""
     message = product_tile(
-        means_ptr, row * hidden, mask, edge2_ptr, c, hidden, 1, width, hidden, BLOCK_C, MODE
+        means_ptr, at, mask, edge2_ptr, c, hidden, 1, width, hidden, BLOCK_C, MODE
     )
     bias = load_columns(edge2_bias_ptr, c, width)
     return message + tl.where((degree > 0)[:, None], bias, 0.0)
@@ -141,11 +173,17 @@ def _mean_layer_fwd_kernel(
     BLOCK_C: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """own: (programs, BLOCK_R, width + hidden_n), M and the hidden layer of the node MLP."""
+    """means: for backward, or None.
+
+    own: (programs, BLOCK_R, width + hidden_n + hidden), M, the hidden layer of the node MLP, and a.
+    """
     program = tl.program_id(0).to(tl.int64)
-    message_ptr = own_ptr + program * BLOCK_R * (width + hidden_n)
+    message_ptr = own_ptr + program * BLOCK_R * (width + hidden_n + hidden)
     hidden_ptr = message_ptr + BLOCK_R * width
-    p_index = tl.arange(0, BLOCK_P)
+    if means_ptr is None:
+        kept_ptr = hidden_ptr + BLOCK_R * hidden_n
+    else:
+        kept_ptr = means_ptr
     r_index = tl.arange(0, BLOCK_R)
     every = r_index >= 0
     for item in range(program, num_items * num_copies, tl.num_programs(0)):
@@ -171,30 +209,17 @@ def _mean_layer_fwd_kernel(
             mask = node < last
             row = base + node
             first_edge, degree = edges_of_nodes(row_start_ptr, node, mask)
-            count = tl.maximum(degree, 1).to(x_ptr.dtype.element_ty)
-            for column in range(0, hidden, BLOCK_C):
-                c = column + tl.arange(0, BLOCK_C)
-                total = tl.zeros((BLOCK_R, BLOCK_C), x_ptr.dtype.element_ty)
-                weights = feature_weights(
-                    edge0_ptr, stride_e0, 2 * width, edge0_bias_ptr, c, p_index, hidden, depth, MODE
-                )  # fmt: skip
-                for k in range(0, tl.max(degree, axis=0)):
-                    live = k < degree
-                    edge = first_edge + k
-                    source = base + tl.load(col_ptr + edge, mask=live, other=0)
-                    features = feature_columns(
-                        edge_fea_ptr, order_ptr, edge, None, live, p_index, depth, MODE
-                    )  # fmt: skip
-                    u = summand_tile(
-                        node_products_ptr, features, weights, row, source, live, c, hidden, MODE,
-                    )  # fmt: skip
-                    total += tl.where(live[:, None], activate(u, SILU, MODE), 0.0)
-                store_tile(means_ptr, row * hidden, c, mask, hidden, total / count[:, None])
+            means_at = (r_index if means_ptr is None else row) * hidden
+            mean_of_neighbours(
+                node_products_ptr, edge_fea_ptr, order_ptr, col_ptr, edge0_ptr, stride_e0,
+                edge0_bias_ptr, kept_ptr, means_at, base, row, mask, first_edge, degree, width,
+                hidden, depth, BLOCK_P, SILU, BLOCK_R, BLOCK_C, MODE,
+            )  # fmt: skip
             tl.debug_barrier()
             for column in range(0, width, BLOCK_C):
                 c = column + tl.arange(0, BLOCK_C)
                 message = mean_message(
-                    means_ptr, row, mask, degree, edge2_ptr, edge2_bias_ptr, c, width, hidden,
+                    kept_ptr, means_at, mask, degree, edge2_ptr, edge2_bias_ptr, c, width, hidden,
                     BLOCK_C, MODE,
                 )  # fmt: skip
                 store_tile(message_ptr, r_index * width, c, every, width, message)

@@ -15,12 +15,55 @@ from gfnode_fast.kernels.graph_tiles import (
     edges_of_nodes,
     feature_columns,
     feature_weights,
+    nodes_of_item,
     row_of_copy,
     split_products,
     summand_tile,
 )
 from gfnode_fast.kernels.integers import BATCH_SIZES
-from gfnode_fast.kernels.mean_layer import load_state, mean_message, node_hidden, store_state
+from gfnode_fast.kernels.mean_layer import (
+    load_state,
+    mean_message,
+    mean_of_neighbours,
+    node_hidden,
+    store_state,
+)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def _mean_neighbours_kernel(
+    edge_fea_ptr,
+    order_ptr,
+    row_start_ptr,
+    col_ptr,
+    edge0_ptr,
+    edge0_bias_ptr,
+    node_products_ptr,
+    means_ptr,
+    num_nodes,
+    num_copies,
+    stride_e0,
+    width,
+    hidden,
+    depth,
+    BLOCK_P: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """The means of act(u) again; a program owns a tile of nodes of one copy."""
+    item = tl.program_id(0).to(tl.int64)
+    first, last, base = nodes_of_item(None, item, num_nodes, num_copies, False, BLOCK_R)
+    node = first + tl.arange(0, BLOCK_R)
+    mask = node < last
+    first_edge, degree = edges_of_nodes(row_start_ptr, node, mask)
+    row = base + node
+    mean_of_neighbours(
+        node_products_ptr, edge_fea_ptr, order_ptr, col_ptr, edge0_ptr, stride_e0, edge0_bias_ptr,
+        means_ptr, row * hidden, base, row, mask, first_edge, degree, width, hidden, depth, BLOCK_P,
+        SILU, BLOCK_R, BLOCK_C, MODE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -48,6 +91,7 @@ def _mean_node_bwd_kernel(
     num_nodes,
     num_rows,
     first_copy,
+    first_mean,
     stride_e0,
     width,
     hidden,
@@ -58,10 +102,12 @@ def _mean_node_bwd_kernel(
     BLOCK_C: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """Writes P and Q, M, the node MLP's active layer; the gradients of c' side by side, of M, of
-    Σ act(u), and columns 2H ... of `grad_hidden` (rows, 2H + H_n), of the node MLP.
+    """Writes P and Q, unless they are None, M, the node MLP's active layer; the gradients of c' in
+    one piece, of M, of Σ act(u), and columns 2H ... of `grad_hidden` (rows, 2H + H_n), of the node
+    MLP.
 
-    Rows are those of the copies taken together; state, means and what flows in have all copies.
+    Rows are those of the copies taken together; state and what flows in have all copies, the
+    means are those from row `first_mean` on.
     sums: a row per program, to which are added the gradients of b_node0 (H_n), b_node2, b_2
     (width).
     """
@@ -72,24 +118,25 @@ def _mean_node_bwd_kernel(
     grad_v_ptr += first_row * 3
     grad_h_ptr += first_row * (width - 6)
     state_ptr += first_row * width
-    means_ptr += first_row * hidden
+    means_ptr += first_mean.to(tl.int64) * hidden
     stride_g = 2 * hidden + hidden_n
     for tile in range(program, tl.cdiv(num_rows, BLOCK_R), tl.num_programs(0)):
         row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = row < num_rows
         _first, degree = edges_of_nodes(row_start_ptr, row % num_nodes, mask)
-        split_products(
-            state_ptr, node_products_ptr, edge0_ptr, stride_e0, row, mask, width, hidden, BLOCK_C,
-            MODE,
-        )  # fmt: skip
+        if node_products_ptr is not None:
+            split_products(
+                state_ptr, node_products_ptr, edge0_ptr, stride_e0, row, mask, width, hidden,
+                BLOCK_C, MODE,
+            )  # fmt: skip
         for start in range(0, width, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             grad = load_state(grad_x_ptr, grad_v_ptr, grad_h_ptr, row, c, mask, width)
             store_tile(grad_state_ptr, row * width, c, mask, width, grad)
             add_column_sums(sums_ptr + hidden_n, c, width, grad)
             message = mean_message(
-                means_ptr, row, mask, degree, edge2_ptr, edge2_bias_ptr, c, width, hidden, BLOCK_C,
-                MODE,
+                means_ptr, row * hidden, mask, degree, edge2_ptr, edge2_bias_ptr, c, width, hidden,
+                BLOCK_C, MODE,
             )  # fmt: skip
             store_tile(message_ptr, row * width, c, mask, width, message)
         tl.debug_barrier()

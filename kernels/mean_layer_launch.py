@@ -13,6 +13,7 @@ from gfnode_fast.kernels.launch import ceil_div, on_device_of
 from gfnode_fast.kernels.mean_layer import _mean_layer_fwd_kernel
 from gfnode_fast.kernels.mean_layer_bwd import (
     _mean_edge_bwd_kernel,
+    _mean_neighbours_kernel,
     _mean_node_bwd_kernel,
     _mean_summand_bwd_kernel,
 )
@@ -61,8 +62,10 @@ def launch_mean_layer_fwd(
     silu: bool,
     max_nodes: int | None,
     precision: str,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns x', v', h', and for backward c (T*n, C) and the means of act(u) (T*n, H).
+    """Returns x', v', h', and for backward c (T*n, C) and the means of act(u) (T*n, H), with
+    `recompute` (0,).
 
     neighbours: the fields of `gfnode_fast.ops.topology.Neighbours`. weights: four each of the edge
     and the node MLP. concat: GraphSAGE. max_nodes: of a molecule, if known.
@@ -72,7 +75,7 @@ def launch_mean_layer_fwd(
     width, hidden = launched["width"], launched["hidden"]
     (rows, _), num_nodes, edge0 = h.shape, row_start.shape[0] - 1, weights[0]
     out = torch.empty_like(x), torch.empty_like(v), torch.empty_like(h)
-    state, means = h.new_empty(rows, width), h.new_empty(rows, hidden)
+    state, means = h.new_empty(rows, width), h.new_empty(0 if recompute else (rows, hidden))
     if rows == 0:
         return *out, state, means
     copies, block_r = rows // num_nodes, launched["BLOCK_R"]
@@ -83,12 +86,12 @@ def launch_mean_layer_fwd(
         state = torch.cat((x, v, h), dim=1)
         node_products = launch_row_linear(state, edge0, None, 2, hidden, precision)
     programs = num_programs(h, items * copies, PER_MULTIPROCESSOR)
-    own = h.new_empty(programs, block_r, width + launched["hidden_n"])
+    own = h.new_empty(programs, block_r, width + launched["hidden_n"] + hidden)
     with on_device_of(h):
         _mean_layer_fwd_kernel[(programs,)](
-            x, v, h, edge_fea, order, row_start, col, block_start, *weights, *out, state, means,
-            node_products, own, num_nodes, items, copies, **launched, SILU=silu, WHOLE=whole,
-            BLOCK_P=feature_blocks(launched["depth"])["BLOCK_P"],
+            x, v, h, edge_fea, order, row_start, col, block_start, *weights, *out, state,
+            None if recompute else means, node_products, own, num_nodes, items, copies, **launched,
+            SILU=silu, WHOLE=whole, BLOCK_P=feature_blocks(launched["depth"])["BLOCK_P"],
         )  # fmt: skip
     return *out, state, means
 
@@ -107,7 +110,10 @@ def launch_mean_layer_bwd(
     precision: str,
     wants_edge_fea: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, v, h, edge_fea ((0,) unless wanted), and of the 8 weights end to end."""
+    """Gradients of x, v, h, edge_fea ((0,) unless wanted), and of the 8 weights end to end.
+
+    means: as forward returned them.
+    """
     order, row_start, row, col, source_start, source_edge, _ = neighbours
     edge0, edge0_bias, edge2, edge2_bias, node0, node0_bias, node2, _ = weights
     rows, num_nodes, num_edges = state.shape[0], row_start.shape[0] - 1, col.shape[0]
@@ -134,17 +140,30 @@ def launch_mean_layer_bwd(
     tiles = ceil_div(num_nodes, block_r) * copies
     edge_programs = num_programs(state, tiles, PER_MULTIPROCESSOR)
     edge_sums = state.new_zeros(edge_programs, hidden * block_d)
+    kept = means.dim() == 2
+    if not kept:
+        means = state.new_empty(part, hidden)
     outers: list[Tensor] = []
     grad_edge = state.new_zeros(num_edges, hidden) if wants_edge_fea else None
     of_edges = ceil_div(num_edges, block_r), ceil_div(hidden, edge["BLOCK_C"])
     for first in range(0, num_copies, copies):
         taken, first_row = min(copies, num_copies - first), first * num_nodes
-        run = taken * num_nodes
+        run, first_mean = taken * num_nodes, first_row if kept else 0
         with on_device_of(state):
+            if not kept:
+                launch_row_linear(
+                    state, edge0, None, 2, hidden, precision, out=node_products[:run],
+                    first=first_row,
+                )  # fmt: skip
+                _mean_neighbours_kernel[(ceil_div(num_nodes, block_r) * taken,)](
+                    edge_fea, order, row_start, col, edge0, edge0_bias, node_products, means,
+                    num_nodes, taken, **summand,
+                )  # fmt: skip
             _mean_node_bwd_kernel[(programs,)](
                 grad_x_out, grad_v_out, grad_h_out, state, means, row_start, edge0, edge2,
-                edge2_bias, node0, node0_bias, node2, node_products, grad_state, message, active,
-                grad_message, grad_hidden, grad_sum, node_sums, num_nodes, run, first, **node,
+                edge2_bias, node0, node0_bias, node2, node_products if kept else None, grad_state,
+                message, active, grad_message, grad_hidden, grad_sum, node_sums, num_nodes, run,
+                first, first_mean, **node,
             )  # fmt: skip
             _mean_edge_bwd_kernel[(edge_programs,)](
                 grad_state, grad_sum, node_products, edge_fea, order, row_start, row, col,
@@ -160,7 +179,7 @@ def launch_mean_layer_bwd(
             (Rows(grad_hidden), Rows(state, first_row)),
             (Rows(grad_hidden[:, 2 * hidden :]), Rows(message)),
             (Rows(grad_state), Rows(active)),
-            (Rows(grad_message), Rows(means, first_row)),
+            (Rows(grad_message), Rows(means, first_mean)),
         ]
         outers = add_outers(outers, launch_row_outers(pairs, run, precision))
 
@@ -193,6 +212,7 @@ def aot_cases() -> list[AotCase]:
         "mean_node_bwd": _mean_node_bwd_kernel,
         "mean_edge_bwd": _mean_edge_bwd_kernel,
         "mean_summand_bwd": _mean_summand_bwd_kernel,
+        "mean_neighbours": _mean_neighbours_kernel,
     }
     cases = [
         aot_case(kernel, name, precision, layer, ())
@@ -200,5 +220,11 @@ def aot_cases() -> list[AotCase]:
         for name, kernel in kernels.items()
     ]
     # the same less a phase
-    tiles = {**layer, "WHOLE": False}
-    return [*cases, aot_case(_mean_layer_fwd_kernel, "mean_layer_fwd tiles", "fp32", tiles, ())]
+    tiles, again = {**layer, "WHOLE": False}, {**layer, "means_ptr": None}
+    split = {**layer, "node_products_ptr": None}
+    return [
+        *cases,
+        aot_case(_mean_layer_fwd_kernel, "mean_layer_fwd tiles", "fp32", tiles, ()),
+        aot_case(_mean_layer_fwd_kernel, "mean_layer_fwd recompute", "fp32", again, ()),
+        aot_case(_mean_node_bwd_kernel, "mean_node_bwd recompute", "fp32", split, ()),
+    ]

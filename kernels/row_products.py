@@ -1,6 +1,6 @@
 """Products of rows with a weight, and the weights' gradients: what graph layers do node by node.
 
-    row_linear  out[r, j N + n] = Σ_k a[r, k] W[n, first + j K + k] + bias[n]
+    row_linear  out[r, j N + n] = Σ_k a[first_row + r, k] W[n, j K + k] + bias[n]
     row_outer   partial[s, n, k] = Σ_{r in share s} g[r, n] a[r, k]
 
 `row_linear`: a program owns a run of rows and a tile of columns of one of the J blocks of W, which
@@ -26,6 +26,7 @@ def _row_linear_kernel(
     bias_ptr,
     out_ptr,
     num_rows,
+    first_row,
     stride_n,
     stride_k,
     num_n,
@@ -39,6 +40,7 @@ def _row_linear_kernel(
     block = tl.program_id(1)
     n = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = row < num_rows
+    a_ptr += first_row.to(tl.int64) * num_k
     w_ptr += block * num_k * stride_k
     out = product_tile(
         a_ptr, row * num_k, mask, w_ptr, n, stride_n, stride_k, num_n, num_k, BLOCK_C, MODE

@@ -123,22 +123,32 @@ def forward_items(
 
 
 def launch_row_linear(
-    a: Tensor, weight: Tensor, bias: Tensor | None, blocks: int, width: int, precision: str
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    blocks: int,
+    width: int,
+    precision: str,
+    *,
+    out: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """a (R, K), weight (N, blocks * K) with any strides → (R, blocks * N), N = `width`.
+    """a (R, K), weight (N, blocks * K) with any strides → (R, blocks * N), N = `width`; with `out`,
+    of as many rows as that has, from `first` on.
 
     In the tiles of the kernels that take the same products themselves: with 64 rows they would be
     other instructions on sm_90 and sm_100, which need not round alike.
     """
-    rows, num_k = a.shape
-    out = a.new_empty(rows, blocks * width)
+    if out is None:
+        out = a.new_empty(a.shape[0], blocks * width)
+    rows, num_k = out.shape[0], a.shape[1]
     options = tile(mode(a, precision))
     if out.numel():
         grid = ceil_div(rows, options["BLOCK_R"]), blocks, ceil_div(width, BLOCK_C)
         with on_device_of(a):
             _row_linear_kernel[grid](
-                a, weight, bias, out, rows, *weight.stride(), width, num_k, NUM_BLOCKS=blocks,
-                **options,
+                a, weight, bias, out, rows, first, *weight.stride(), width, num_k,
+                NUM_BLOCKS=blocks, **options,
             )  # fmt: skip
     return out
 

@@ -59,14 +59,24 @@ def test_counted_bytes_are_those_that_a_layer_saves(
         saved.append(kept.nbytes)
         del out
     per_layer = saved[1] - saved[0]
-    num_edges = copies * len(row)
     layers = nn.ModuleList([layer] * 3)
     for budget, count in ((0.9, 0), (1.1, 1), (2.2, 2)):
         monkeypatch.setattr(graph_layers, "KEPT_EDGE_BYTES", int(budget * per_layer))
         expected = (
             3 if (name, backend) == ("sage", "cpp") else count
         )  # which saves nothing per edge
-        assert layers_kept(layers, num_edges, torch.float32, backend) == expected
+        sizes = copies * num_nodes, copies * len(row)
+        assert layers_kept(layers, *sizes, torch.float32, backend) == expected
+
+
+@pytest.mark.parametrize(("name", "wide"), [("egnn", 8), ("gcn", 14)])
+def test_triton_layers_keep_sums_over_neighbours_within_a_budget(
+    name: str, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = nn.ModuleList([make_layer(name, 8)] * 3)
+    for rows, count in ((0, 3), (10, 3), (15, 2), (30, 1), (31, 0)):
+        monkeypatch.setattr(graph_layers, "KEPT_SUM_BYTES", 30 * wide * 4)
+        assert layers_kept(layers, rows, 7, torch.float32, "triton") == count
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -67,9 +67,10 @@ class FourierMD(reference.FourierMD):
             edge quantities again there: slower, with less memory. False keeps these. None, the
             default, keeps them in as many layers as fit into 768 MiB for the encoder and as much
             for the decoder, the last ones, and computes the others again; sizes alone decide. The
-            choice changes rounding alone, and no bit of what C++ layers put out. On a GPU and in
-            graphs of torch.compile None is False. No effect with backend="reference", nor with
-            "triton", which never keeps them.
+            choice changes rounding alone, and no bit of what C++ layers put out. Triton layers
+            never keep them: there it is the sums over neighbours, None keeps 32 MiB of these, and
+            no bit changes. In graphs of torch.compile, and in PyTorch on a GPU, None is False. No
+            effect with backend="reference".
         solver_mode: how steps are chosen (`gfnode_fast.solvers`). "joint", the published solver's
             steps for the whole batch; "per_molecule", adaptive steps of each molecule's own, so
             that an answer does not depend on batch mates; "exact", no solver at all, where modes do
@@ -282,7 +283,8 @@ class FourierMD(reference.FourierMD):
         dtype = self.embedding.weight.dtype
         x, v, h, edge_fea = (tensor.to(dtype) for tensor in (*state, edge_fea))
         state = (x, v, h)
-        first_kept = self._first_kept(layers, num_copies * edges.num_edges, backend)
+        sizes = x.shape[0], num_copies * edges.num_edges
+        first_kept = self._first_kept(layers, *sizes, backend)
         with torch.autocast(x.device.type, enabled=False):
             for index, layer in enumerate(layers):
                 state = apply_layer(
@@ -304,14 +306,17 @@ class FourierMD(reference.FourierMD):
             name = type(self).__name__
             self._unchanged.refuse_changes(name, self, part, activation, remedy)
 
-    def _first_kept(self, layers: nn.ModuleList, num_edges: int, backend: str) -> int:
+    def _first_kept(
+        self, layers: nn.ModuleList, num_rows: int, num_edges: int, backend: str
+    ) -> int:
         """The first of the layers whose edge intermediates are kept for backward."""
         if self.recompute is None:
             weight = self.embedding.weight
+            chosen = weight.is_cpu or backend == "triton"
             # A graph would be guarded by the number of edges.
-            if torch.compiler.is_compiling() or not weight.is_cpu or not len(layers):
+            if torch.compiler.is_compiling() or not chosen or not len(layers):
                 return 0
-            return len(layers) - layers_kept(layers, num_edges, weight.dtype, backend)
+            return len(layers) - layers_kept(layers, num_rows, num_edges, weight.dtype, backend)
         return len(layers) if self.recompute else 0
 
     def _expected_times(self) -> int | None:

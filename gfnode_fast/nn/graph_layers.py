@@ -12,6 +12,10 @@ from gfnode_fast.reference.layers import MLP, EGNNLayer, GCNLayer, SAGELayer
 
 KEPT_EDGE_BYTES = 768 * 2**20
 """What the encoder's and the decoder's layers each keep of edges for backward by themselves."""
+KEPT_SUM_BYTES = 32 * 2**20
+"""The same of sums over neighbours, by Triton, which keeps nothing of edges. They are as much as
+the features that every layer must keep; taking them again is 10 % of a training step's arithmetic,
+which small batches would wait for."""
 
 
 def apply_layer(
@@ -57,14 +61,25 @@ def apply_layer(
     )
 
 
-def layers_kept(layers: nn.ModuleList, num_edges: int, dtype: torch.dtype, backend: str) -> int:
-    """How many of these layers, all alike, keep their edge intermediates within `KEPT_EDGE_BYTES`.
+def layers_kept(
+    layers: nn.ModuleList, num_rows: int, num_edges: int, dtype: torch.dtype, backend: str
+) -> int:
+    """How many of these layers, all alike, keep their edge intermediates within `KEPT_EDGE_BYTES`;
+    with "triton" their sums over neighbours within `KEPT_SUM_BYTES`.
 
     Args:
-        num_edges: of all copies of the graph.
-        backend: "cpp" or "torch".
+        num_rows: nodes of all copies of the graph.
+        num_edges: the same of edges.
+        backend: "cpp", "torch" or "triton".
     """
     layer = layers[0]
+    if backend == "triton":
+        if isinstance(layer, EGNNLayer):
+            width = _weights(layer.edge_message_net.scalar_net).weight2.shape[0]
+        else:
+            assert isinstance(layer, SAGELayer | GCNLayer)
+            width = _weights(layer.edge_mlp).weight0.shape[0]
+        return min(len(layers), KEPT_SUM_BYTES // max(num_rows * width * dtype.itemsize, 1))
     if isinstance(layer, EGNNLayer):
         message, coordinate = _weights(layer.edge_message_net.scalar_net), _weights(layer.coord_net)
         # C++ keeps the arguments of the last two activations, PyTorch arguments and values of all.

@@ -69,11 +69,11 @@ def egnn_layer(
         activation: applied element by element in every MLP (`flat` is Tanh and wider weights).
         norm: normalise squared distances.
         recompute: keep only the layer's inputs for backward, where one copy at a time is computed
-            again, instead of keeping the edge intermediates of all.
+            again, instead of keeping the edge intermediates of all. "triton" never keeps these, and
+            sums over neighbours unless `recompute`, which changes no bit of it.
         backend: "cpp" is compiled kernels, "torch" plain PyTorch; "auto" takes "cpp" where
             it serves: float32 on the CPU, SiLU or Tanh, no autocast, extension built. "triton" is
-            for a GPU (SiLU or Tanh, no autocast, one hidden width); it keeps node states only for
-            backward, whatever `recompute`, and is not yet run on hardware.
+            for a GPU (SiLU or Tanh, no autocast, one hidden width) and not yet run on hardware.
         precision: of the matrix products, with backend="triton" alone: "fp32" (three tf32 products
             for one, float64 in float64), "tf32" and "bf16" (operands rounded to nearest, sums,
             distances and coordinates in float32, SiLU with tanh.approx).
@@ -106,7 +106,9 @@ def egnn_layer(
 
     if kernels is None:
         _check_same_hidden(weights)
-        return on_triton.egnn((x, v, h), edge_fea, edges, weights, activation, norm, precision)
+        return on_triton.egnn(
+            (x, v, h), edge_fea, edges, weights, activation, norm, precision, recompute
+        )
 
     def layer(state: State, sorted_fea: Tensor) -> State:
         return split_egnn(state, sorted_fea, edges, weights, activation, norm, kernels)
@@ -209,7 +211,9 @@ def _mean_layer(
 
     if kernels is None:
         concat = node_inputs == 2
-        return on_triton.mean(state, edge_fea, edges, weights, activation, concat, precision)
+        return on_triton.mean(
+            state, edge_fea, edges, weights, activation, concat, precision, recompute
+        )
 
     def layer(state: State, sorted_fea: Tensor) -> State:
         return split_mean(state, sorted_fea, edges, weights, activation, node_inputs == 2, kernels)

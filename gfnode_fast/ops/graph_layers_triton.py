@@ -28,12 +28,14 @@ def egnn(
     activation: Activation,
     norm: bool,
     precision: str,
+    recompute: bool,
 ) -> State:
-    """An EGNN layer on state (T*n, ...), edge features in the caller's order."""
+    """An EGNN layer on state (T*n, ...), edge features in the caller's order; `recompute`: sums
+    over neighbours are taken again in backward, not kept."""
     given = _given(state, edge_fea, edges, weights)
-    form = _is_silu(activation), edges.max_nodes, precision
+    form = _is_silu(activation), edges.max_nodes, precision, recompute
     x, h, _, _ = torch.ops.gfnode_fast.triton_egnn_layer(*given, norm, *form)
-    return x, state[1], h
+    return x, given[1], h  # dense, for the next layer to keep as it is
 
 
 def mean(
@@ -44,20 +46,21 @@ def mean(
     activation: Activation,
     concatenate_self: bool,
     precision: str,
+    recompute: bool,
 ) -> State:
     """A GraphSAGE (`concatenate_self`) or GCN layer, as `egnn`."""
     given = _given(state, edge_fea, edges, weights)
-    form = _is_silu(activation), edges.max_nodes, precision
+    form = _is_silu(activation), edges.max_nodes, precision, recompute
     x, v, h, _, _ = torch.ops.gfnode_fast.triton_mean_layer(*given, concatenate_self, *form)
     return x, v, h
 
 
 def _given(
     state: State, edge_fea: Tensor, edges: Topology, weights: EGNNWeights | MeanWeights
-) -> tuple[Tensor | list[Tensor], ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     flat = [weight.contiguous() for mlp in weights for weight in mlp]
-    tensors = (part.contiguous() for part in (*state, edge_fea))
-    return *tensors, list(edges.neighbours), flat
+    x, v, h, fea = (part.contiguous() for part in (*state, edge_fea))
+    return x, v, h, fea, list(edges.neighbours), flat
 
 
 def _is_silu(activation: Activation) -> bool:
@@ -67,7 +70,7 @@ def _is_silu(activation: Activation) -> bool:
 
 _LAYER = (
     "(Tensor x, Tensor v, Tensor h, Tensor edge_fea, Tensor[] neighbours, Tensor[] weights, "
-    "bool {}, bool silu, SymInt? max_nodes, str precision) -> ({})"
+    "bool {}, bool silu, SymInt? max_nodes, str precision, bool recompute) -> ({})"
 )
 _BACKWARD = (
     "({}, Tensor[] neighbours, Tensor[] weights, bool {}, bool silu, str precision, "
@@ -90,15 +93,16 @@ _MEAN_BACKWARD = _BACKWARD.format(
     schema=_LAYER.format("norm", "Tensor, Tensor, Tensor, Tensor"),
 )
 def triton_egnn_layer(*given: Any) -> tuple[Tensor, ...]:
-    """x', h', and for backward Σ m and Σ r f."""
+    """x', h', and for backward Σ m, (0,) with `recompute`, and Σ r f."""
     from gfnode_fast.kernels.egnn_layer_launch import launch_egnn_layer_fwd
 
     return launch_egnn_layer_fwd(*given)
 
 
 @triton_egnn_layer.register_fake
-def _(x: Tensor, v: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(part.new_empty(part.shape) for part in (x, h, h, x))
+def _(x: Tensor, v: Tensor, h: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    x_out, h_out, messages, shift = (part.new_empty(part.shape) for part in (x, h, h, x))
+    return x_out, h_out, messages.new_empty(0) if options[-1] else messages, shift
 
 
 @torch.library.custom_op(
@@ -134,7 +138,7 @@ def _(
     schema=_LAYER.format("concat", "Tensor, Tensor, Tensor, Tensor, Tensor"),
 )
 def triton_mean_layer(*given: Any) -> tuple[Tensor, ...]:
-    """x', v', h', and for backward c and the means of act(u)."""
+    """x', v', h', and for backward c and the means of act(u), (0,) with `recompute`."""
     from gfnode_fast.kernels.mean_layer_launch import launch_mean_layer_fwd
 
     return launch_mean_layer_fwd(*given)
@@ -148,11 +152,11 @@ def _(
     edge_fea: Tensor,
     neighbours: Sequence[Tensor],
     weights: Sequence[Tensor],
-    *_: Any,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     outputs = (part.new_empty(part.shape) for part in (x, v, h))
-    widths = weights[2].shape
-    return *outputs, *(h.new_empty(h.shape[0], width) for width in widths)
+    state, means = (h.new_empty(h.shape[0], width) for width in weights[2].shape)
+    return *outputs, state, means.new_empty(0) if options[-1] else means
 
 
 @torch.library.custom_op(
@@ -190,7 +194,7 @@ def _empty_gradients(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
     """What both layers keep; `saved`: the node states of this one."""
-    *_, edge_fea, neighbours, weights, ctx.flag, ctx.silu, _, ctx.precision = inputs
+    *_, edge_fea, neighbours, weights, ctx.flag, ctx.silu, _, ctx.precision, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*saved, *neighbours, *weights)
     ctx.num_saved, ctx.num_neighbours = len(saved), len(neighbours)
@@ -217,7 +221,7 @@ def _pull(backward: Any, ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     parts = flat.split([weight.numel() for weight in weights])
     of_weights = [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
     of_fea = fea if ctx.wants_edge_fea else None
-    return (*of_state, of_fea, [None] * len(neighbours), of_weights, None, None, None, None)
+    return (*of_state, of_fea, [None] * len(neighbours), of_weights, *[None] * 5)
 
 
 def _dense(grad: Tensor | None, like: Tensor) -> Tensor:
@@ -226,7 +230,9 @@ def _dense(grad: Tensor | None, like: Tensor) -> Tensor:
 
 def _pull_egnn(ctx: Any, grad_x: Tensor | None, grad_h: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, _v, h = ctx.saved_tensors[:3]
-    grads = list(_pull(triton_egnn_layer_bwd, ctx, [_dense(grad_x, x), _dense(grad_h, h)]))
+    # The decoder's last features take no part in training on positions: a row of zeros for all.
+    of_h = h.new_zeros(1, h.shape[1]).expand_as(h) if grad_h is None else grad_h.contiguous()
+    grads = list(_pull(triton_egnn_layer_bwd, ctx, [_dense(grad_x, x), of_h]))
     of_weights = grads[5]  # four each of the message, coordinate, velocity and node MLP
     # None rather than zeros for what takes no part, which an optimizer with decay tells apart.
     if grad_x is None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
@@ -69,6 +70,7 @@ class Watch(TorchDispatchMode):
         reads: places that read a value on the host, with how often.
         waits: places that copy between host and device and wait for it.
         atomics: places that add floating-point numbers in no defined order.
+        peak: most bytes of tensors on the GPU at a time, beyond those there at `clear`.
         launched: kernel to what it was compiled for, strides aside, with how often it was launched.
     """
 
@@ -76,12 +78,27 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.turns: Counter[str] = Counter()
         self.launched: defaultdict[str, Counter[object]] = defaultdict(Counter)
+        self.memory: dict[int, tuple[StorageWeakRef, int]] = {}
         self.clear()
 
     def clear(self) -> None:
         self.reads: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.atomics: Counter[str] = Counter()
+        self.peak, self.before = 0, self._allocated()
+
+    def _allocated(self) -> int:
+        self.memory = {key: kept for key, kept in self.memory.items() if not kept[0].expired()}
+        return sum(size for _, size in self.memory.values())
+
+    def _note_memory(self, tensors: list[Tensor]) -> None:
+        grown = False
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            kept = StorageWeakRef(storage)
+            if kept.cdata not in self.memory or self.memory[kept.cdata][0].expired():
+                self.memory[kept.cdata], grown = (kept, storage.nbytes()), True
+        if grown:
+            self.peak = max(self.peak, self._allocated() - self.before)
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -109,7 +126,10 @@ class Watch(TorchDispatchMode):
             self.atomics[place()] += 1
         with FAKE:
             found = func(*args, **kwargs)
-        return self._run(OPDEFS[name], found, args, kwargs) if name in OPDEFS else found
+        if name in OPDEFS:
+            return self._run(OPDEFS[name], found, args, kwargs)
+        self._note_memory([x for x in tree_leaves(found) if isinstance(x, Tensor) and x.is_cuda])
+        return found
 
     def _run(self, operator: Any, promised: Any, args: Any, kwargs: Any) -> Any:
         with self, torch.no_grad():
