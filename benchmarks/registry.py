@@ -45,6 +45,7 @@ CAPTURED, CAPTURED_EXACT, CAPTURED_SOLVE = "ours captured", "ours exact captured
 CUDA_SOLVER = "ours cuda"  # "ours" takes it only on families with a committed result
 FORMS = {"ours triton whole": 1, "ours triton tiles": None}
 """The forms of the layers' forward kernels, and the size of a molecule that leads to each."""
+SUMS_KEPT = "ours triton sums kept"  # over neighbours, which otherwise only small batches keep
 MORE_ATTEMPTS = "ours triton 64 attempts"  # launched, of which a solve here takes 2 to 4
 STAGES = {"egnn": ("ours stages",)}  # where "ours" is not stage by stage
 ALONE = (800, 1600, 6400)  # batches that take the baselines minutes to hours on a CPU
@@ -108,10 +109,11 @@ def contenders(row: Row, device: str = "cpu") -> tuple[str, ...]:
     """Who runs in a row on a kind of device, baselines first; our GPU kernels last."""
     if device != "cuda":
         return _everywhere(row)
-    left = tuple(name for name in _everywhere(row) if row in GPU_ROWS_OF.get(name, (row,)))
+    ours = _of_triton(row)
     if row.op in SPECTRA:
-        return (*left, CUDA_SOLVER) if row.op == "eigh" else left
-    return left + _of_triton(row)
+        ours = (CUDA_SOLVER,) if row.op == "eigh" else ()
+    names = _everywhere(row) + ours
+    return tuple(name for name in names if row in GPU_ROWS_OF.get(name, (row,)))
 
 
 def _of_triton(row: Row) -> tuple[str, ...]:
@@ -122,7 +124,7 @@ def _of_triton(row: Row) -> tuple[str, ...]:
     exact = row.model == "egnn" and row.op in ("model", "propagation")
     triton = ("ours triton", "ours exact triton") if exact else ("ours triton",)
     if (row.op, row.phase) == ("model", "step"):
-        triton += (CAPTURED, CAPTURED_EXACT) if exact else (CAPTURED,)
+        triton += (SUMS_KEPT, CAPTURED, CAPTURED_EXACT) if exact else (CAPTURED,)
     return triton
 
 
@@ -301,6 +303,7 @@ GPU_ROWS_OF: dict[str, frozenset[Row]] = {
         [*gpu_core_rows()[:4], *gpu_matrix_rows()[3:6], Row("model", "step", 4096, times="regular")]
     ),
     TWO_THREADS: frozenset(),
+    SUMS_KEPT: _and_tiny([Row("model", "step", 4096, precision=p) for p in ("fp32", "tf32")]),
     EAGER_LOOP: _LOOPS,
     "ours compiled": _LOOPS,
 }
