@@ -78,7 +78,7 @@ def adjacency_matrices(graphs: Graphs, dtype: torch.dtype) -> Tensor:
     flat = torch.zeros(len(graphs) * n * n, dtype=dtype, device=graphs.row.device)
     if graphs.weights is None:
         flat[place] = 1
-    else:
+    elif len(place):  # segment_reduce takes no empty tensor
         order = place.argsort(stable=True)
         place, counts = place[order].unique_consecutive(return_counts=True)
         weights = graphs.weights.to(dtype)[order]

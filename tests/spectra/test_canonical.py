@@ -210,6 +210,19 @@ def test_close_eigenvalues_are_told_apart():
     torch.testing.assert_close(permuted, canonical_basis(w, V)[order], atol=1e-10, rtol=0)
 
 
+def test_eigenvalues_within_1e_8_of_the_norm_are_one_eigenspace() -> None:
+    """Of the norm of the matrix, 50 here; then no basis of them that comes is kept."""
+    _, V = torch.linalg.eigh(laplacian(random(5, 0)))
+    turn = torch.eye(5, dtype=torch.float64)
+    turn[1:3, 1:3] = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
+    for gap, spaces in ((0.9e-8, [0, 1, 1, 2, 3]), (1.1e-8, [0, 1, 2, 3, 4])):
+        w = torch.tensor([0.0, 1.0, 1.0 + 50 * gap, 20.0, 50.0], dtype=torch.float64)
+        assert eigenspaces(w[None])[0].tolist() == spaces
+        found, turned = canonical_basis(w, V), canonical_basis(w, V @ turn)
+        assert torch.allclose(found, turned, rtol=0, atol=1e-12) == (spaces[2] == 1)
+        assert spectral_gap_report(w, 2).cuts == (spaces[2] == 1)
+
+
 @pytest.mark.parametrize("solver", ["torch", "numpy"])
 def test_solvers_agree(solver: str) -> None:
     """LAPACK through torch and through NumPy, and what `graph_spectrum` takes here."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gfnode_fast.spectra import Graphs, graph_laplacian
+from gfnode_fast.spectra import Graphs, graph_laplacian, graph_spectrum
 from graph_shapes import batch_of, laplacian, path, random, ring, star
 
 ADJACENCY = [ring(5), random(7, 0), torch.zeros(3, 3, dtype=torch.float64), star(4), path(1)]
@@ -38,6 +38,14 @@ def test_each_graph_has_its_own_matrix(kind, weighted):
         np.testing.assert_allclose(matrix[:n, :n], dense(a, kind), atol=1e-14)
         assert not matrix[n:].any()
         assert not matrix[:, n:].any()
+
+
+@pytest.mark.parametrize("kind", ["combinatorial", "symmetric", "random_walk"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_graphs_without_edges(kind, weighted):
+    graphs = batch_of([torch.zeros(n, n) for n in (3, 1, 0)], weighted=weighted)
+    assert torch.equal(graph_laplacian(graphs, kind), torch.zeros(3, 3, 3, dtype=torch.float64))
+    assert graph_spectrum(graphs, kind).w.shape == (3, 3)
 
 
 def test_repeated_edges_count_once_unless_weighted():
