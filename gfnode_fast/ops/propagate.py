@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from gfnode_fast.ops.compiled_solve import compiled_solve
@@ -20,6 +21,7 @@ from gfnode_fast.ops.synthesis import serves, synthesise_solved
 from gfnode_fast.ops.triton_solve import triton_solve
 from gfnode_fast.reference.checks import check_choice
 from gfnode_fast.reference.propagator import LinearBasisRHS, ModeODE, ModeRHS, Propagator
+from gfnode_fast.solvers.errors import check_all_times, check_state
 from gfnode_fast.solvers.exact import solve_exact
 from gfnode_fast.solvers.fixed_step import solve_fixed
 from gfnode_fast.solvers.grid import solve_grid
@@ -80,7 +82,7 @@ def propagate(
     Raises:
         TypeError, ValueError: a `beside` of another shape or dtype, or without `activation`.
         ValueError: another backend; a solver_mode that this dynamics, solver or backend does not
-            have; times that are not positive and finite, in a mode other than "joint".
+            have; times that are not positive and finite, where something is solved.
         RuntimeError: another backend than "torch" with what it does not have (`check_cpp_solve`,
             `check_compilable`, `check_triton_solve`).
         SolverError: non-finite state or step underflow, or too few `max_attempts`; with
@@ -227,7 +229,24 @@ def _solve(
         slope: Tensor = ode.ode_func(s, y)
         return slope
 
-    return ode.solve(counted, modes, times).permute(1, 0, 3, 2, 4)
+    if not ode.no_ode:
+        check_all_times(ode.solver, times.detach())
+    values = ode.solve(counted, modes, times).permute(1, 0, 3, 2, 4)
+    if not ode.no_ode:
+        _check_read(ode.solver, values.detach(), times.detach())
+    return values
+
+
+def _check_read(solver: str, values: Tensor, times: Tensor) -> None:
+    """Raise SolverError if values (B, T, ...) that torchdiffeq gave at times (B, T) are not finite;
+    its steps end at the output times of all molecules.
+    """
+    bad = ~torch.isfinite(values).flatten(2).all(dim=2)
+    if bad.any():
+        first = times[bad].min()
+        before = times.new_zeros(()) if first == times.min() else times[times < first].max()
+        step = (first - before).item()
+        check_state(solver, values.flatten(1).unsqueeze(1), first.item(), step, components=1)
 
 
 def _solve_in_mode(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx.experimental import _config as shape_config
 
 from gfnode_fast._once import once_differentiable
-from gfnode_fast.solvers.errors import SolverError, check_state, check_step
+from gfnode_fast.solvers.errors import SolverError, check_all_times, check_state, check_step
 from gfnode_fast.solvers.fixed_step import check_uniform
 from gfnode_fast.solvers.rhs import GeneralRHS, LinearRHS, RightHandSide
 from gfnode_fast.solvers.stats import SolveStats
@@ -131,6 +131,7 @@ class _CompiledSolve(torch.autograd.Function):
     def forward(
         ctx: Any, graphs: Graphs, stats: SolveStats, times: Tensor, y0: Tensor, *parameters: Tensor
     ) -> Tensor:
+        check_all_times(graphs.solve.tableau.name, times)
         given, y0 = y0, canonical(y0)
         copies = [canonical(p) for p in parameters]
         values, t, dt, y, k, report = call_graph(graphs.forward, y0, times, *copies, dynamic=(1, 2))
@@ -191,7 +192,7 @@ def _explain(
     check_step(name, t[-1].item(), dt[-1].item())
     raise SolverError(
         f"{name}: the solve must pass the last output time, got s = {t[-1].item():.6g} for "
-        f"{times.max().item():.6g}; pass finite times",
+        f"{times.max().item():.6g}; use backend='torch'",
         time=t[-1].item(),
         step=dt[-1].item(),
         rows=[],
@@ -224,6 +225,7 @@ def solve_compiled(
         (B, T, D, M, C).
 
     Raises:
+        ValueError: times that are not positive and finite.
         SolverError: non-finite state or step underflow.
         RuntimeError: a complex right-hand side.
 

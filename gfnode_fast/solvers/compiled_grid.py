@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gfnode_fast._once import once_differentiable
 from gfnode_fast.solvers.compiled import Graphs, call_graph, graphs_for
-from gfnode_fast.solvers.errors import check_state
+from gfnode_fast.solvers.errors import check_all_times, check_state
 from gfnode_fast.solvers.rhs import RightHandSide
 from gfnode_fast.solvers.stats import SolveStats
 from gfnode_fast.solvers.tableau import Tableau
@@ -56,6 +56,7 @@ class _CompiledGridSolve(torch.autograd.Function):
     def forward(
         ctx: Any, graphs: Graphs, stats: SolveStats, times: Tensor, y0: Tensor, *parameters: Tensor
     ) -> Tensor:
+        check_all_times(graphs.solve.tableau.name, times)
         batch = times.shape[0]
         y = canonical(y0)
         copies = [canonical(p) for p in parameters]
@@ -126,6 +127,7 @@ def solve_compiled_grid(
         (B, T, D, M, C).
 
     Raises:
+        ValueError: times that are not positive and finite.
         SolverError: non-finite state.
         RuntimeError: a complex right-hand side.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gfnode_fast._once import once_differentiable
 from gfnode_fast.solvers.compiled import Graphs, call_graph, graphs_for, solve_in_graphs
-from gfnode_fast.solvers.errors import check_times
+from gfnode_fast.solvers.errors import check_all_times
 from gfnode_fast.solvers.per_molecule import Method, check_molecules, refuse_step
 from gfnode_fast.solvers.rhs import RightHandSide
 from gfnode_fast.solvers.stats import SolveStats
@@ -112,7 +112,7 @@ def solve_compiled_per_molecule(
     """
     components = y0.shape[2]
     times = times.detach().double()
-    check_times("per_molecule", *torch.stack(times.aminmax()).tolist())
+    check_all_times("per_molecule", times)
 
     def make(function: Function) -> TracedPerMolecule:
         return TracedPerMolecule(function, Method(tableau, rtol, atol, components))

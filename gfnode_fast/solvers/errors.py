@@ -53,6 +53,11 @@ def check_step(solver: str, time: float, step: float) -> None:
         )
 
 
+def check_all_times(op: str, times: Tensor) -> None:
+    """`check_times` of a tensor, which is read on the host."""
+    check_times(op, *torch.stack(times.aminmax()).tolist())
+
+
 def check_times(op: str, first: float, last: float) -> None:
     """Raise ValueError unless the smallest and the largest output time are positive and finite."""
     if not 0 < first <= last < math.inf:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gfnode_fast._once import once_differentiable
-from gfnode_fast.solvers.errors import check_state
+from gfnode_fast.solvers.errors import check_state, check_times
 from gfnode_fast.solvers.rhs import RightHandSide, Tape
 from gfnode_fast.solvers.stage import fill_stages, flat, spread
 from gfnode_fast.solvers.stats import SolveStats
@@ -46,6 +46,7 @@ class _Union:
     def __init__(self, times: Tensor) -> None:
         grid, position = torch.unique(times, sorted=True, return_inverse=True)
         self.grid = [0.0, *grid.tolist()]
+        check_times("joint", self.grid[1], self.grid[-1])
         pairs = position.flatten().argsort(stable=True)
         self.molecule = pairs // times.shape[1]
         self.time = pairs % times.shape[1]
@@ -242,6 +243,7 @@ def solve_grid(
         (B, T, D, M, C).
 
     Raises:
+        ValueError: times that are not positive and finite.
         SolverError: non-finite state.
 
     Notes:

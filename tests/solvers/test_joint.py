@@ -189,7 +189,7 @@ def test_expanded_cotangent() -> None:
     assert relative_error(leaf.grad, twin.grad) < GRADIENTS
 
 
-@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
+@pytest.mark.parametrize("solver", ["dopri5", "rk4", "explicit_adams", "implicit_adams"])
 def test_a_molecule_with_a_non_finite_state_is_named(solver: str) -> None:
     signal, times, eigvecs = signals()
     signal[1, 2] = math.nan
@@ -199,12 +199,16 @@ def test_a_molecule_with_a_non_finite_state_is_named(solver: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.5, math.nan, math.inf])
-@pytest.mark.parametrize("interaction", ["no_interaction", "attention"])
-def test_times_must_be_positive_and_finite(interaction: str, bad: float) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mode_interaction": "attention"}, {"solver": "rk4"}, {"solver": "implicit_adams"}],
+    ids=str,
+)
+def test_times_must_be_positive_and_finite(changes: dict[str, Any], bad: float) -> None:
     signal, times, eigvecs = signals()
     times[1, 0] = bad
-    with pytest.raises(ValueError, match="joint: `times` must be positive and finite"):
-        propagate(propagator(mode_interaction=interaction), signal, times, eigvecs)
+    with pytest.raises(ValueError, match="(joint|implicit_adams): `times` must be positive and"):
+        propagate(propagator(**changes), signal, times, eigvecs)
 
 
 @pytest.mark.parametrize("solver", ["dopri5", "bosh3", "dopri8"])
