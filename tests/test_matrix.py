@@ -1,5 +1,6 @@
 """Every pair of choices of graph layer, interaction, time mode, basis, solver mode, backend and
-dtype, in few models: values and every gradient against the reference, or the documented refusal.
+dtype, in few models and several shapes: values and every gradient against the reference, or the
+documented refusal.
 
 "joint" is held to the reference with the same steps, "per_molecule" to the reference on one
 molecule at a time, "exact" and uniform steps to the reference in float64 with tight tolerances.
@@ -33,7 +34,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "backend": ("auto", "torch", "cpp", "triton", "compiled", "reference"),
     "dtype": (torch.float32, torch.float64),
 }
-BATCH, NUM_ATOMS, NUM_TIMES, LAST_FRAME, DELTA_FRAME = 2, 5, 2, 100, 5000  # so that s <= 0.02
+LAST_FRAME, DELTA_FRAME = 100, 5000  # so that s <= 0.02
 GROWTH = 20.0  # of the weights of the dynamics, whose norm times s is then about 1
 
 # (values, gradients), relative. Measured: steps of the reference 2e-6 and 3e-5 in fp32, 1e-14 and
@@ -49,6 +50,23 @@ BOUNDS: dict[tuple[str, torch.dtype], tuple[float, float]] = {
 }
 if REQUIRE_GPU:  # whose float32 products are of three tf32 ones; not yet measured
     BOUNDS["steps", torch.float32] = (5e-5, 2e-3)
+
+
+class Shape(NamedTuple):
+    """Of a batch, and whether its first molecule's last atom has no edges."""
+
+    batch: int
+    atoms: int
+    times: int
+    modes: int
+    isolated: bool = False
+
+
+SHAPES = (
+    Shape(2, 5, 2, 2, isolated=True),
+    Shape(1, 3, 2, 3),
+    Shape(3, 4, 1, 2),
+)
 
 
 class Case(NamedTuple):
@@ -69,6 +87,19 @@ class Case(NamedTuple):
     @property
     def oscillates(self) -> bool:
         return self.basis != "linear" and self.time_mode in ("posenc", "rope")
+
+    @property
+    def shape(self) -> Shape:
+        """The cases of a backend take the shapes in turn."""
+        alike = [case for case in SERVED if case.backend == self.backend]
+        return SHAPES[alike.index(self) % len(SHAPES)] if self in alike else SHAPES[0]
+
+    @property
+    def num_modes(self) -> int:
+        atoms = self.shape.atoms
+        return {None: atoms, "linear": min(self.shape.modes, atoms // 2 + 1)}.get(
+            self.basis, self.shape.modes
+        )
 
     @property
     def device(self) -> torch.device:
@@ -130,8 +161,9 @@ def arguments(case: Case) -> dict[str, Any]:
         time_mode=case.time_mode,
         fourier_basis=case.basis,
         no_fourier=case.basis is None,
-        num_modes=NUM_ATOMS if case.basis is None else 2,
-        num_timesteps=NUM_TIMES,
+        num_modes=case.num_modes,
+        num_atoms=case.shape.atoms,
+        num_timesteps=case.shape.times,
         hidden_nf=4,
         time_emb_dim=4,
         delta_frame=DELTA_FRAME,
@@ -151,22 +183,30 @@ def built(case: Case) -> gfnode_fast.FourierMD:
     return model
 
 
-def given_inputs(dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, Any]:
-    return moved(inputs(BATCH, NUM_ATOMS, NUM_TIMES, dtype, delta_frame=LAST_FRAME), device)
+def given_inputs(
+    shape: Shape, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    given = inputs(shape.batch, shape.atoms, shape.times, dtype, delta_frame=LAST_FRAME)
+    if shape.isolated:
+        row, col = given["edge_index"]
+        joined = (row != shape.atoms - 1) & (col != shape.atoms - 1)
+        given["edge_index"] = row[joined], col[joined]
+        given["edge_fea"] = given["edge_fea"][joined]
+    return moved(given, device)
 
 
-def molecules(model: Callable[..., Any], given: dict[str, Any]) -> tuple[Tensor, ...]:
+def molecules(model: Callable[..., Any], given: dict[str, Any], shape: Shape) -> tuple[Tensor, ...]:
     """The model on one molecule at a time."""
     row, col = given["edge_index"]
     parts = []
-    for b in range(BATCH):
-        atoms = slice(b * NUM_ATOMS, (b + 1) * NUM_ATOMS)
+    for b in range(shape.batch):
+        atoms = slice(b * shape.atoms, (b + 1) * shape.atoms)
         own = (row >= atoms.start) & (row < atoms.stop)
         alone = {k: given[k][atoms] for k in ("x", "h", "v", "loc_mean")}
         alone["edge_index"] = (row[own] - atoms.start, col[own] - atoms.start)
         alone["edge_fea"] = given["edge_fea"][own]
         alone |= {k: given[k][b : b + 1] for k in ("timeframes", "U_batch")}
-        parts.append([o.view(NUM_TIMES, NUM_ATOMS, -1) for o in model(**alone)[:3]])
+        parts.append([o.view(shape.times, shape.atoms, -1) for o in model(**alone)[:3]])
     return tuple(torch.cat(part, dim=1).flatten(0, 1) for part in zip(*parts, strict=True))
 
 
@@ -194,9 +234,9 @@ def expected_outcome(case: Case, model: gfnode_fast.FourierMD) -> dict[str, Tens
         changes, dtype = {"rtol": 1e-9, "atol": 1e-11, "solver": "dopri5"}, torch.float64
     oracle = reference.FourierMD(**(arguments(case) | changes)).to(dtype)
     oracle.load_state_dict(model.state_dict())
-    given = given_inputs(dtype)
+    given = given_inputs(case.shape, dtype)
     if case.solver_mode == "per_molecule":
-        return outcome(lambda **every: molecules(oracle, every), oracle, given)
+        return outcome(lambda **every: molecules(oracle, every, case.shape), oracle, given)
     return outcome(oracle, oracle, given)
 
 
@@ -217,7 +257,7 @@ def marked(cases: list[Case]) -> list[Any]:
 def test_served(case: Case) -> None:
     model = built(case)
     expected = expected_outcome(case, model)
-    actual = outcome(model, model, given_inputs(case.dtype, case.device))
+    actual = outcome(model, model, given_inputs(case.shape, case.dtype, case.device))
     kind = "oscillating steps" if case.oscillates else "steps"
     if case.solver_mode in ("exact", STEP):
         kind = "exact"
@@ -236,7 +276,7 @@ def test_refused(case: Case) -> None:
     assert found is not None
     error, names = found
     with pytest.raises(error) as raised:
-        built(case)(**given_inputs(case.dtype, case.device))
+        built(case)(**given_inputs(case.shape, case.dtype, case.device))
     message = str(raised.value)
     assert names in message
     assert " must " in message
@@ -250,5 +290,7 @@ def test_every_pair_is_covered() -> None:
         for case in [*SERVED, *REFUSED]
         for i, j in itertools.combinations(range(len(CHOICES)), 2)
     }
+    backends = {case.backend for case in SERVED}
+    assert {(c.backend, c.shape) for c in SERVED} == set(itertools.product(backends, SHAPES))
     sizes = [len(choices) for choices in CHOICES.values()]
     assert len(pairs) == sum(a * b for a, b in itertools.combinations(sizes, 2))
