@@ -100,3 +100,8 @@ def require_triton(op: str, tensor: Tensor) -> None:
             f"{op}: `backend` must be 'torch' or 'auto' here, got 'triton'; {problem}; move the "
             "tensors to a GPU, or set TRITON_INTERPRET=1 before Triton is imported"
         )
+
+
+def in_transform() -> bool:
+    """Whether torch.func transforms (grad, vjp, jvp, vmap, ...) what is running."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

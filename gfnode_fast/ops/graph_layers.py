@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gfnode_fast.ops import graph_layers_triton as on_triton
-from gfnode_fast.ops.dispatch import require_triton
+from gfnode_fast.ops.dispatch import in_transform, require_triton
 from gfnode_fast.ops.graph_layers_cpp import ACTIVATIONS, CompiledKernels, why_not_compiled
 from gfnode_fast.ops.graph_layers_torch import (
     EGNNWeights,
@@ -299,6 +299,8 @@ def _refusal(h: Tensor, activation: nn.Module) -> tuple[type[Exception], str] | 
         return TypeError, "autocast is on; leave it"
     if type(activation) not in ACTIVATIONS:
         return TypeError, f"the activation is {type(activation).__name__}; use nn.SiLU or nn.Tanh"
+    if in_transform():
+        return RuntimeError, "torch.func transforms the tensors; use torch.autograd.grad"
     if problem := why_not_compiled():
         return RuntimeError, problem
     return None

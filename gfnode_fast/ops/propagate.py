@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gfnode_fast.ops.compiled_solve import compiled_solve
 from gfnode_fast.ops.cpp_solve import check_cpp_solve
+from gfnode_fast.ops.dispatch import in_transform
 from gfnode_fast.ops.graph_fourier import graph_fourier, inverse_graph_fourier
 from gfnode_fast.ops.graph_fourier_torch import sum_beside
 from gfnode_fast.ops.joint_status import MAX_ATTEMPTS, check_max_attempts
@@ -84,7 +85,7 @@ def propagate(
         ValueError: another backend; a solver_mode that this dynamics, solver or backend does not
             have; times that are not positive and finite, where something is solved.
         RuntimeError: another backend than "torch" with what it does not have (`check_cpp_solve`,
-            `check_compilable`, `check_triton_solve`).
+            `check_compilable`, `check_triton_solve`); a transform of torch.func.
         SolverError: non-finite state or step underflow, or too few `max_attempts`; with
             backend="triton" on a GPU from `stats`, later, and until then the values are NaN.
 
@@ -92,6 +93,11 @@ def propagate(
         With "joint": the published solver's accepted steps, values within rounding, gradients of
         the published discrete solve. Deterministic. Once differentiable; `times` get no gradient.
     """
+    if in_transform():
+        raise RuntimeError(
+            "propagate: `signal` must be a plain tensor, got one in a transform of torch.func "
+            "(grad, vjp, jvp, vmap, ...); use torch.autograd.grad, one gradient at a time"
+        )
     check_choice("backend", backend, SOLVE_BACKENDS)
     check_mode_of("propagate", solver_mode, propagator.t_conv, backend)
     _check_shapes(propagator, signal, times, ptr)
