@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backward = Callable[..., Any]
 
@@ -54,3 +55,19 @@ def once_differentiable(backward: Backward) -> Backward:
         return tuple(next(refused) if isinstance(g, Tensor) else g for g in found)
 
     return once
+
+
+def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """Raise where forward-mode differentiation would lose what it has come with: operators that are
+    registered with a backward alone drop it unseen.
+
+    Raises:
+        RuntimeError: a tensor that carries a tangent, of torch.func.jvp or a dual level.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"{op}: `inputs` must be plain tensors, got one with a tangent of forward-mode "
+            "differentiation; use backward"
+        )

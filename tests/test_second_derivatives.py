@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gfnode_fast import FourierMD, reference
-from gfnode_fast.ops.graph_fourier import inverse_graph_fourier
+from gfnode_fast.ops import inverse_graph_fourier
 from gfnode_fast.ops.propagate import propagate
 from gfnode_fast.solvers import compiled, fixed
 from model_inputs import constructor, inputs

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gfnode_fast._extension import REBUILD, binary_info, why_no_extension
+from gfnode_fast._once import refuse_tangents
 from gfnode_fast.ops.dispatch import family, verified_gpus
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def eigh_batched(
         derivative results", 2008, 3.1.
     """
     _check(A, sizes, backend)
+    refuse_tangents("eigh_batched", A)
     if sizes is not None:
         sizes = sizes.long()
     chosen, reason = choose_backend(A.device, A.shape[-1], backend)

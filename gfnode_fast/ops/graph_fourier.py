@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gfnode_fast._once import refuse_tangents
 from gfnode_fast.ops.dispatch import choose_backend
 from gfnode_fast.ops.graph_fourier_registered import too_many_modes
 from gfnode_fast.ops.graph_fourier_torch import project, side_by_side, synthesise
@@ -66,6 +67,7 @@ def graph_fourier(
         _check_like("graph_fourier", "signal", signal, "(ΣN, C)", signal.dim() == 2, eigvecs)
     if backend == "torch" and ptr is None:
         return project(signal, eigvecs, num_modes)
+    refuse_tangents("graph_fourier", signal, eigvecs)
     result: Tensor = torch.ops.gfnode_fast.graph_fourier(signal, eigvecs, num_modes, ptr, backend)
     return result
 
@@ -156,6 +158,7 @@ def inverse_graph_fourier(
     if backend == "torch" and ptr is None:
         out = synthesise(modes, eigvecs, residual, centroid, activation)
         return side_by_side(out, beside)
+    refuse_tangents(op, modes, eigvecs, residual, centroid, beside)
     result: Tensor = torch.ops.gfnode_fast.inverse_graph_fourier(
         modes, eigvecs, residual, centroid, beside, activation, ptr, total, backend
     )

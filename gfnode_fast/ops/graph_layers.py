@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gfnode_fast._once import refuse_tangents
 from gfnode_fast.ops import graph_layers_triton as on_triton
 from gfnode_fast.ops.dispatch import in_transform, require_triton
 from gfnode_fast.ops.graph_layers_cpp import ACTIVATIONS, CompiledKernels, why_not_compiled
@@ -103,6 +104,8 @@ def egnn_layer(
         _check_mlp("egnn_layer", name, mlp, ends, h)
 
     kernels = _kernels("egnn_layer", backend, precision, h, activation)
+    if not isinstance(kernels, TorchKernels):
+        refuse_tangents("egnn_layer", x, v, h, edge_fea, *(p for mlp in weights for p in mlp))
 
     if kernels is None:
         _check_same_hidden(weights)
@@ -208,6 +211,8 @@ def _mean_layer(
     _check_mlp(op, "node", weights.node, (node_inputs * width, width), state[2])
 
     kernels = _kernels(op, backend, precision, state[2], activation)
+    if not isinstance(kernels, TorchKernels):
+        refuse_tangents(op, *state, edge_fea, *weights.edge, *weights.node)
 
     if kernels is None:
         concat = node_inputs == 2

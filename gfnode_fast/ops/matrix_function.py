@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from gfnode_fast._once import refuse_tangents
 from gfnode_fast.ops.eigh import SAME_EIGENVALUE, eigh_batched
 
 ROUNDING = 8.0  # of a difference of two values of g, in units of its last digit
@@ -51,6 +52,7 @@ def matrix_function(
         Source: Daleckii and Krein, 1965; Higham, "Functions of Matrices", 2008, theorem 3.11.
     """
     w, V = eigh_batched(A.detach() if isinstance(A, Tensor) else A, sizes, backend=backend)
+    refuse_tangents("matrix_function", A)
     if sizes is not None:  # outside, g is not asked for values that it may not have
         inside = torch.arange(w.shape[-1], device=w.device) < sizes.unsqueeze(-1)
         w = torch.where(inside, w, torch.where(sizes.unsqueeze(-1) > 0, w[..., :1], 1.0))

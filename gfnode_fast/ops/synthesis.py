@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gfnode_fast._extension import REBUILD, why_no_extension
+from gfnode_fast._once import refuse_tangents
 from gfnode_fast.ops.graph_layers_cpp import ACTIVATIONS
 
 _registered = False
@@ -70,6 +71,7 @@ def synthesise_solved(
     """
     if beside is None:
         beside = values.new_empty(values.shape[1], values.shape[0], 0)
+    refuse_tangents("propagate", values, eigvecs, signal, beside)
     out: Tensor = torch.ops.gfnode_fast.synthesis(
         values.contiguous(),
         eigvecs.contiguous(),
