@@ -23,6 +23,7 @@ from benchmarks.registry import (
     CAPTURED_EXACT,
     CAPTURED_SOLVE,
     EAGER_LOOP,
+    UNCOUNTED,
     UNION_OPERATIONS,
     Row,
     contenders,
@@ -265,7 +266,7 @@ def _weigh(name: str, task: Task, device: torch.device, result: dict[str, Any]) 
         return  # a replay dispatches no operations, and its memory was taken when it was captured
     try:
         result["peak_bytes"] = peak_memory(task.run, device)
-        if name != "C1":  # a compiled graph dispatches no tensor operations
+        if name not in UNCOUNTED:
             result["operations"] = count_operations(task.run)
     except Exception as error:
         result["weighing_failed"] = _failure("failed", error)

@@ -309,6 +309,12 @@ GPU_ROWS_OF: dict[str, frozenset[Row]] = {
 }
 
 
+# Whose operations are not counted. Graphs of torch.compile dispatch none, and up to torch 2.13 code
+# called once inside the mode that counts is never compiled again; the loop of the eager loop is an
+# operator without a rule for that mode.
+UNCOUNTED = ("C1", WHOLE_COMPILED, "ours compiled", EAGER_LOOP)
+
+
 SETS = {
     "cpu": cpu_rows,
     "gpu-core": gpu_core_rows,

@@ -85,7 +85,8 @@ def propagate(
         ValueError: another backend; a solver_mode that this dynamics, solver or backend does not
             have; times that are not positive and finite, where something is solved.
         RuntimeError: another backend than "torch" with what it does not have (`check_cpp_solve`,
-            `check_compilable`, `check_triton_solve`); a transform of torch.func.
+            `check_compilable`, `check_triton_solve`); a transform of torch.func; with "compiled" a
+            TorchDispatchMode such as FlopCounterMode's, in backward too.
         SolverError: non-finite state or step underflow, or too few `max_attempts`; with
             backend="triton" on a GPU from `stats`, later, and until then the values are NaN.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config as shape_config
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from gfnode_fast._once import once_differentiable
 from gfnode_fast.solvers.errors import SolverError, check_all_times, check_state, check_step
@@ -42,13 +43,29 @@ def call_graph(graph: Callable[..., Any], *inputs: Tensor, dynamic: Sequence[int
     """Call a compiled graph; the first `dynamic[i]` dimensions of input i may change.
 
     Equal sizes, such as B = T, stay independent of each other.
+
+    Raises:
+        RuntimeError: inside a `TorchDispatchMode` that the compiler does not trace under.
     """
+    _refuse_dispatch_modes()
     for tensor, count in zip(inputs, dynamic, strict=False):
         for dim in range(count):
             if tensor.shape[dim] > 1:
                 torch._dynamo.mark_dynamic(tensor, dim)
     with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         return graph(*inputs)
+
+
+def _refuse_dispatch_modes() -> None:
+    """Under such a mode the compiler passes over the graph's code, and up to torch 2.13 for good:
+    later calls would trace into the eager loops (pytorch issue 190286).
+    """
+    for mode in _get_current_dispatch_mode_stack():
+        if not (mode.is_infra_mode() or mode.ignore_compile_internals()):
+            raise RuntimeError(
+                "propagate: `backend='compiled'` must run outside a TorchDispatchMode, which does "
+                f"not see into its graphs, got {type(mode).__name__}; use backend='torch' there"
+            )
 
 
 def function_of(rhs: RightHandSide) -> Function:
@@ -227,7 +244,8 @@ def solve_compiled(
     Raises:
         ValueError: times that are not positive and finite.
         SolverError: non-finite state or step underflow.
-        RuntimeError: a complex right-hand side.
+        RuntimeError: a complex right-hand side; a `TorchDispatchMode`, as of FlopCounterMode, that
+            is active here or in backward.
 
     Notes:
         The first call of a structure compiles for half a minute to minutes, the first backward

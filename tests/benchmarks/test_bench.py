@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from benchmarks import measure as measuring
 from benchmarks import operations, report, run
@@ -216,6 +217,15 @@ def test_counting_and_weighing() -> None:
         torch.zeros(1 << 19)
 
     assert peak_memory(peaks, CPU) == 4 << 20
+
+
+@pytest.mark.parametrize("name", ["C1", "ours compiled", "ours in torch.compile", "ours"])
+def test_nothing_compiled_is_counted(name: str) -> None:
+    """Torch would not compile it again."""
+    seen = []
+    task = Task(lambda: seen.append(len(_get_current_dispatch_mode_stack())), dict)
+    measuring._weigh(name, task, CPU, {})
+    assert seen == ([0, 1] if name == "ours" else [0])
 
 
 @pytest.fixture(scope="module")

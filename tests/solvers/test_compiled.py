@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import gfnode_fast
 from gfnode_fast.ops.propagate import propagate
@@ -144,6 +146,37 @@ def test_one_pair_of_graphs(mode: SolverMode, solver: str, interaction: str) -> 
         model = propagator(solver=solver, mode_interaction=interaction, seed=batch)
         assert_eager(model, signals(batch=batch, num_times=num_times), mode)
     assert counters["stats"]["unique_graphs"] == 4
+    assert not counters["graph_break"]
+
+
+class Unseeing(TorchDispatchMode):
+    supports_higher_order_operators = True  # which graphs as traced still have
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("solver", ["adaptive_heun", "euler"])
+def test_dispatch_modes_leave_graphs_usable(solver: str) -> None:
+    """Torch's compiler would never again look at code that it met inside one."""
+    model = propagator(solver=solver)
+    signal, *rest = signals(batch=2)
+    refused = "outside a TorchDispatchMode.*FlopCounterMode; use backend='torch'"
+    with pytest.raises(RuntimeError, match=refused), FlopCounterMode(display=False):
+        in_graphs(model, signal, *rest)
+    out = in_graphs(model, signal.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match=refused), FlopCounterMode(display=False):
+        out.sum().backward()
+    for batch in (2, 5):
+        assert_eager(model, signals(batch=batch))
+    with Unseeing():
+        in_graphs(model, signal, *rest)
+    assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
 
 
